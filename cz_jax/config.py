@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cz_jax.errors import ConfigError, one_line
 from cz_jax.nouns import digest
 
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 14  # reading a TOML file of dotted keys takes quadratic time
 
 Dtype = Literal["float32", "bfloat16"]
 Positive = Annotated[int, Field(ge=1)]
@@ -340,4 +340,4 @@ def _toml_value(value) -> str:
         return repr(value)
     if isinstance(value, list):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -42,6 +42,14 @@ class Arch:
     def parameters(self) -> int:
         return sum(w.size for w in weights(self))
 
+    @property
+    def axis_units(self) -> dict[str, int]:
+        """How many indivisible units each logical axis has: heads count, not their flattened columns."""
+        return {
+            "vocab": self.vocab_size, "embed": self.hidden_size, "ffn": self.ffn_size,
+            "heads": self.heads, "kv_heads": self.kv_heads,
+        }  # fmt: skip
+
 
 def arch_from_config(config: dict) -> Arch:
     """The architecture of a Hugging Face config.json. ModelFolderError for another family or a feature not modelled."""

@@ -1,0 +1,289 @@
+"""train, demo, evaluate_model, judge_model: what the command line calls, as functions."""
+
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from statistics import fmean
+
+import jax
+
+from cz_jax.build.models import CHECKPOINTS, CONFIG, export_run, load_model, write_texts
+from cz_jax.build.node import Built, build, mesh_of, set_compile_cache, spread
+from cz_jax.build.worker import run_interruptibly
+from cz_jax.checkpoint import Checkpoints
+from cz_jax.config import Config, changed_keys, from_dict, to_toml
+from cz_jax.difficulty import LevelState
+from cz_jax.errors import CheckpointError, ConfigError, TaskError
+from cz_jax.evaluate import evaluate
+from cz_jax.files import write_atomic
+from cz_jax.ledger import RunLedger
+from cz_jax.loop import Position, run
+from cz_jax.metrics import judge_quality
+from cz_jax.nouns import Outcome, Round, Task
+from cz_jax.roles.evaluator import ModelEvaluator
+from cz_jax.roles.learner import state_target
+from cz_jax.roles.solver import ModelSolver
+from cz_jax.tasks import load_tasks
+
+EVALUATIONS = "evaluations.json"
+PAIRS_AT_ONCE = 64
+
+
+def quiet(event: str, **fields) -> None:
+    """A progress callback that says nothing."""
+
+
+def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> dict:
+    """Plays the rounds of `config` in the run folder `out` and returns its summary.
+
+    The folder gets config.toml, model/, checkpoints/, metrics.jsonl, rounds/, evaluations.json, export/ and summary.json.
+    With `resume` the run in the folder goes on exactly where its newest whole checkpoint stands. UserError for bad input.
+    KeyboardInterrupt is passed on after saving the last finished round.
+    """
+    out = pathlib.Path(out)
+    _check_folder(out, resume)
+    started = time.perf_counter()
+    with Checkpoints(out / CHECKPOINTS, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best) as checkpoints:
+        built = build(config, say)
+        ledger = RunLedger(out)
+        keeper = Keeper(built, ledger, checkpoints)
+        if resume:
+            position = _resume(built, checkpoints, ledger, out)
+            keeper.saved = position.number
+        else:
+            position = _begin(built, keeper, out, say)
+        try:
+            run_interruptibly(lambda say: run(built.node, position, keeper, say), say, keeper.is_whole)
+        except KeyboardInterrupt:
+            keeper.save_interrupted()
+            raise
+        checkpoints.wait()
+        summary = _finish(built, ledger, out, started, say)
+    say("done", summary=summary)
+    return summary
+
+
+class Keeper:
+    """Writes rounds down, saves every checkpoint.every of them and the last, and knows what to save on an interrupt."""
+
+    def __init__(self, built: Built, ledger: RunLedger, checkpoints: Checkpoints):
+        self._built, self._ledger, self._checkpoints = built, ledger, checkpoints
+        self._last: tuple[int, dict, float | None, object] | None = None  # round, host state, score, train state
+        self.saved: int | None = None
+
+    def __call__(self, round_: Round, position: Position) -> None:
+        self._ledger.write(round_)
+        self.mark(position, round_.metrics.get("reward"))
+        config = self._built.node.config
+        if position.number % config.checkpoint.every == 0 or position.number == config.run.rounds:
+            self.save()
+
+    def mark(self, position: Position, score: float | None = None) -> None:
+        """From here on an interrupt saves this position."""
+        self._last = (position.number, self._built.host_state(position), score, self._built.learner.state)
+
+    def save(self) -> None:
+        number, host, score, state = self._last
+        self._checkpoints.save(number, state, host, score)
+        self.saved = number
+
+    def is_whole(self) -> bool:
+        """Whether the parameters of the last finished round are still there: an update takes them apart."""
+        return self._last is not None and not any(a.is_deleted() for a in jax.tree.leaves(self._last[3]))
+
+    def save_interrupted(self) -> None:
+        """Saves the last finished round where an update has not yet taken its parameters apart; otherwise the checkpoint
+        before it continues the run just as exactly."""
+        if self._last is not None and self._last[0] != self.saved and self.is_whole():
+            self.save()
+            self._checkpoints.wait()
+
+
+def _check_folder(out: pathlib.Path, resume: bool) -> None:
+    there = (out / CONFIG).exists()
+    if resume and not there:
+        raise CheckpointError(f"{out} holds no run to resume", f"it has no {CONFIG}", "leave out --resume to begin one")
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "holds a run" if there else "is not empty"
+        raise ConfigError(f"{out} {what}", "", f"--resume to go on with it, or another folder: --out {out}-2")
+
+
+def _begin(built: Built, keeper: Keeper, out: pathlib.Path, say) -> Position:
+    config = built.node.config
+    position = Position(0, LevelState(config.level.start))
+    write_texts(built.base, out)
+    keeper.mark(position)
+    keeper.save()  # a run that is killed in its first rounds resumes from here
+    if config.eval.before_and_after:
+        _write_evaluations(out, {"before": _evaluate(built, say)})
+    write_atomic(out / CONFIG, to_toml(config).encode())  # last: a folder without it holds no run
+    for source, reasons in built.skipped.items():
+        left_out = ", ".join(f"{n} x {reason}" for reason, n in reasons.items() if n)
+        if left_out:
+            say("note", text=f"{source}: left out {left_out}")
+    return position
+
+
+def _resume(built: Built, checkpoints: Checkpoints, ledger: RunLedger, out: pathlib.Path) -> Position:
+    number, state, host = checkpoints.restore(state_target(built.learner.state))
+    config = built.node.config
+    changed = [key for key in changed_keys(from_dict(host["config"]), config) if not _may_change(key, config)]
+    if changed:
+        raise ConfigError(
+            f"{', '.join(changed)} changed since round {number} of {out} was saved",
+            "a resumed run continues exactly, so its configuration must be the same",
+            f"cz-jax train {out / CONFIG} --out {out} --resume",
+        )
+    if host["base_digest"] != built.base_digest:
+        raise CheckpointError(f"{config.solver.model} is not the model that {out} began with", "its weights were replaced")
+    built.learner.restore(state)
+    ledger.truncate_after(number)
+    return built.restore(number, host)
+
+
+def _may_change(key: str, config: Config) -> bool:
+    if key == "run.rounds":  # a schedule that falls depends on it
+        return config.optimizer.schedule == "constant"
+    return key.startswith(("eval.", "checkpoint.")) or key == "run.compile_cache"
+
+
+def _evaluate(built: Built, say) -> dict:
+    config = built.node.config
+    return evaluate(built.solver, built.evaluator, built.held_out, config.eval.k, config.evaluator.max_failed_share, say)
+
+
+def _write_evaluations(out: pathlib.Path, evaluations: dict) -> None:
+    write_atomic(out / EVALUATIONS, json.dumps(evaluations, sort_keys=True, indent=2).encode())
+
+
+def _finish(built: Built, ledger: RunLedger, out: pathlib.Path, started: float, say) -> dict:
+    config = built.node.config
+    evaluations = json.loads((out / EVALUATIONS).read_bytes()) if (out / EVALUATIONS).exists() else {}
+    if config.eval.before_and_after:
+        evaluations["after"] = _evaluate(built, say)
+        _write_evaluations(out, evaluations)
+    rounds = list(ledger.rounds())
+    rewards = [r["reward"] for r in rounds if r.get("reward") is not None]
+    tokens = sum(r.get("completion_tokens", 0) for r in rounds)
+    sampling = sum(r["seconds_by_phase"]["roll_out"] for r in rounds)
+    export = out / "export" / f"round-{len(rounds):06d}"
+    summary = {
+        "rounds": len(rounds),
+        "nodes": 1,
+        "seconds": round(time.perf_counter() - started, 3),
+        "reward_mean_first10": fmean(rewards[:10]) if rewards else None,
+        "reward_mean_last10": fmean(rewards[-10:]) if rewards else None,
+        **{f"{name}_{when}": value.get(key) for when, value in evaluations.items() for name, key in SCORES},
+        "level_history": [r["level"] for r in rounds],
+        "groups_shared": sum(r["groups_own"] for r in rounds),
+        "groups_used_from_peers": sum(r["groups_external"] for r in rounds),
+        "tokens_per_second": tokens / sampling if sampling else None,
+        "policy_digest": built.learner.policy_digest(),
+        "export_dir": str(export),
+        "seed": config.run.seed,
+        "versions": {p: version(p) for p in ("cz-jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")},
+        "next": [
+            f"cz-jax eval --model {export} --tasks builtin@held_out -k {config.eval.k}",
+            f"cz-jax train {out / CONFIG} run.rounds={2 * len(rounds)} --out {out} --resume",
+            f"cz-jax export {out} my-model",
+        ],
+    }
+    ledger.write_summary(summary)  # before the export: its card tells the scores
+    if not export.exists():
+        say("phase", name=f"exporting to {export}")
+        export_run(out, export)
+    return summary
+
+
+SCORES = (("avg_at_k", "average_at_k"), ("pass_at_k", "pass_at_k"), ("solve_rate_by_level", "by_level"))
+
+DEMO = {
+    "run": {"rounds": 8},
+    "proposer": {"max_new_tokens": 48, "max_tries": 1},
+    "sampling": {"max_new_tokens": 48},
+    "round": {"group_size": 4},
+    "optimizer": {"learning_rate": 1e-4},
+    "eval": {"k": 4, "max_tasks": 8},
+}
+
+
+def demo(out=None, rounds: int | None = None, nodes: int | None = None, say: Callable = quiet) -> dict:
+    """The whole loop on the embedded tiny model and the built-in tasks, on this machine's CPU; a new folder under runs/
+    unless `out` names one."""
+    if nodes not in (None, 1):
+        raise ConfigError(f"--nodes {nodes}: the demo plays one node", "several nodes need a relay", "cz-jax demo --nodes 1")
+    config = from_dict(DEMO | ({"run": {"rounds": rounds}} if rounds else {}))
+    out = pathlib.Path(out) if out is not None else pathlib.Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+    return train(config, out, False, say)
+
+
+def evaluate_model(
+    model: str, tasks: str, k: int, evaluator: str | None = None, config: Config | None = None, say: Callable = quiet
+) -> dict:
+    """average@k and pass@k of `model` on the task source `tasks`, judged by `evaluator` (None: evaluator.model)."""
+    config = config or Config()
+    set_compile_cache(config.run.compile_cache)
+    some = spread(load_tasks(tasks).tasks, config.eval.max_tasks or 1 << 30)
+    mesh = mesh_of(config)
+    say("phase", name=f"loading {model}")
+    solver_model = load_model(model, config.solver.revision, config.solver.param_dtype, mesh)
+    seats = config.sampling.max_sequences
+    judge_name, e = evaluator or config.evaluator.model, config.evaluator
+    same = judge_name == model and e.dtype == config.solver.param_dtype
+    judge = solver_model if same else load_model(judge_name, e.revision, e.dtype, mesh)
+    digest = solver_model.digest()
+    solver = ModelSolver(
+        solver_model.engine(mesh, config.solver.compute_dtype, seats), config.sampling, k, config.run.seed, "eval",
+        lambda: digest,
+    )  # fmt: skip
+    judging = ModelEvaluator(judge.engine(mesh, e.dtype, seats), e, config.run.seed)
+    result = evaluate(solver, judging, some, k, e.max_failed_share, say)
+    return {"model": model, "evaluator": judge_name, "tasks": tasks, "model_digest": digest} | result
+
+
+def judge_model(
+    model: str, pairs, mode: str, config: Config | None = None, limit: int | None = None, say: Callable = quiet
+) -> dict:
+    """How good `model` is as an evaluator on the labelled answers of a JSONL file: see `metrics.judge_quality`."""
+    config = config or Config()
+    set_compile_cache(config.run.compile_cache)
+    labelled = read_pairs(pathlib.Path(pairs), limit)
+    mesh = mesh_of(config)
+    e = config.evaluator.model_copy(update={"model": model, "mode": mode})
+    say("phase", name=f"loading {model}")
+    engine = load_model(model, e.revision, e.dtype, mesh).engine(mesh, e.dtype, config.sampling.max_sequences)
+    evaluator = ModelEvaluator(engine, e, config.run.seed)
+    verdicts = []
+    for start in range(0, len(labelled), PAIRS_AT_ONCE):
+        say("phase", name=f"judging answer {start + 1} of {len(labelled)}")
+        verdicts += evaluator.judge_pairs([(t, code) for t, code, _ in labelled[start : start + PAIRS_AT_ONCE]])
+    failed = sum(v.outcome is Outcome.FAILED for v in verdicts)
+    decided = [(v.probability, label) for v, (_, _, label) in zip(verdicts, labelled, strict=True) if v.outcome is not Outcome.FAILED]
+    if not decided:
+        raise TaskError(f"every verdict of {model} failed: {verdicts[0].detail}", "a broken model")
+    quality = judge_quality([p for p, _ in decided], [label for _, label in decided], e.threshold)
+    return {"model": model, "mode": mode, "n_pairs": len(labelled), "failed": failed} | quality
+
+
+def read_pairs(path: pathlib.Path, limit: int | None) -> list[tuple[Task, str, bool]]:
+    """(task, answer, whether it is right) of each row of a JSONL file with the fields prompt, entry_point, test_list,
+    solution and label (0 or 1). TaskError for a file or a row that is not like that."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise TaskError(f"{path} cannot be read: {e}", "", "--pairs FILE.jsonl") from None
+    rows = []
+    for number, line in enumerate(lines[:limit], 1):
+        try:
+            row = json.loads(line)
+            task = Task("file", row["prompt"], tuple(row["test_list"]), row["entry_point"], 1)
+            rows.append((task, row["solution"], {0: False, 1: True}[row["label"]]))
+            if not all(isinstance(t, str) for t in (task.question, *task.tests, row["solution"])):
+                raise ValueError("a field that should be text is not")
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise TaskError(f"{path} line {number} is no labelled answer: {e!r}", "", "one JSON object a line with prompt, entry_point, test_list, solution, label") from None
+    if not rows:
+        raise TaskError(f"{path} holds no labelled answers")
+    return rows

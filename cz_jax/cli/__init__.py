@@ -1,0 +1,1 @@
+"""The command line: parse, call `build`, print. Nothing heavy is imported before a command runs."""

@@ -1,0 +1,102 @@
+"""Commands about this machine and its files: doctor, config show, identity new, identity show."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cz_jax.cli import options, show
+
+
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG.toml", help="A configuration to hold against it.")
+    ] = None,
+    as_json: options.Json = False,
+):
+    """Say what this machine can do.
+
+    Fails where an accelerator is there and JAX does not use it. The output holds no secret and no user name.
+
+    \b
+    Example:
+      cz-jax doctor configs/cpu.toml
+    """
+    resolved = None
+    if config is not None:
+        from cz_jax.config import load
+
+        resolved = load(config)
+    with show.progress() as say:
+        say("phase", name="looking at this machine", expected=5)
+        from cz_jax.doctor import examine
+
+        value = examine(resolved)
+    show.result(value, as_json)
+    for problem in value["problems"]:
+        show.complain(problem)
+    if value["problems"]:
+        raise typer.Exit(1)
+
+
+def config_show(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration.")],
+    settings: options.Settings = (),
+    as_json: options.Json = False,
+):
+    """Print a configuration, every default filled in.
+
+    \b
+    Example:
+      cz-jax config show configs/cpu.toml round.group_size=16
+    """
+    from cz_jax.config import load, to_toml
+
+    resolved = load(config, settings)
+    if as_json:
+        show.result(resolved.model_dump(mode="json"), True)
+    else:
+        show.write_stdout(to_toml(resolved))
+
+
+def identity_new(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The file to write; it may not exist yet.")],
+    kind: Annotated[
+        Literal["ed25519", "rsa"], typer.Option("--type", help="rsa is what RL Swarm's swarm.pem holds.")
+    ] = "ed25519",
+    as_json: options.Json = False,
+):
+    """Make a peer identity in a new file.
+
+    Only you can read the file; an existing one is never overwritten.
+
+    \b
+    Example:
+      cz-jax identity new peer.key
+    """
+    from cz_jax.swarm.identity import new_identity, write_identity
+
+    identity = new_identity(kind)
+    write_identity(identity, path)
+    show.result({"peer_id": identity.peer_id, "name": identity.name, "type": identity.kind, "path": path}, as_json)
+
+
+def identity_show(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An identity file, for example RL Swarm's swarm.pem.")],
+    as_json: options.Json = False,
+):
+    """Print an identity's peer id and name.
+
+    Never its private key.
+
+    \b
+    Example:
+      cz-jax identity show swarm.pem --json
+    """
+    from cz_jax.swarm.identity import exposure, read_identity
+
+    identity = read_identity(path)
+    warning = exposure(path)
+    if warning:
+        show.complain(f"warning: {warning}")
+    show.result({"peer_id": identity.peer_id, "name": identity.name, "type": identity.kind}, as_json)

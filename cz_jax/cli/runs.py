@@ -1,0 +1,79 @@
+"""Commands that run rounds: demo, train."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cz_jax.cli import options, show
+
+
+def demo(
+    out: Annotated[Path | None, typer.Option(help="The run folder; a new one otherwise.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How many rounds each node plays.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="How many solver nodes there are.")] = None,
+    as_json: options.Json = False,
+):
+    """Play the whole loop on a tiny embedded model.
+
+    Runs on this machine's CPU within minutes and needs no network, account or configuration.
+
+    \b
+    Example:
+      cz-jax demo --rounds 40 --out runs/demo
+    """
+    with show.progress() as say:
+        say("phase", name="loading JAX", expected=5)
+        from cz_jax.build import demo
+
+        try:
+            summary = demo(out=out, rounds=rounds, nodes=nodes, say=say)
+        except KeyboardInterrupt:
+            show.complain(
+                "interrupted; start again with: cz-jax demo" + (f" --out {shlex.quote(str(out))}" if out else "")
+            )
+            raise typer.Exit(130) from None
+    show.result(summary, as_json)
+
+
+def train(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.toml", help="The configuration, for example configs/cpu.toml.")
+    ],
+    settings: options.Settings = (),
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/<name of CONFIG> otherwise.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the folder.")] = False,
+    as_json: options.Json = False,
+):
+    """Train a solver as CONFIG.toml says.
+
+    Ctrl-C once saves the run and prints the command that goes on with it.
+
+    \b
+    Example:
+      cz-jax train configs/cpu.toml optimizer.learning_rate=1e-5 --out runs/first
+    """
+    from cz_jax.config import load
+
+    out = Path("runs") / config.stem if out is None else out
+    resolved = load(config, settings)
+    with show.progress() as say:
+        try:
+            say("phase", name="loading JAX", expected=5)
+            from cz_jax.build import train
+
+            summary = train(config=resolved, out=out, resume=resume, say=say)
+        except KeyboardInterrupt:
+            show.complain(_after_interrupt(config, settings, out))
+            raise typer.Exit(130) from None
+    show.result(summary, as_json)
+
+
+def _after_interrupt(config: Path, settings, out: Path) -> str:
+    """What to type next: go on where something was saved, else begin again."""
+    checkpoints = out / "checkpoints"
+    saved = checkpoints.is_dir() and any(checkpoints.iterdir())
+    words = ["cz-jax", "train", str(config), *settings, "--out", str(out), *(["--resume"] if saved else [])]
+    told = "interrupted; go on with" if saved else "interrupted before anything was saved; begin again with"
+    return f"{told}: {shlex.join(words)}"

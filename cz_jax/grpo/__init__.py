@@ -1,0 +1,1 @@
+"""Group relative policy optimization: advantages, loss, optimizer and the jitted step."""

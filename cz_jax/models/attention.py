@@ -1,0 +1,48 @@
+"""Attention in plain jax.numpy: softmax in float32, grouped query heads.
+
+Legend: B rows, P prompts, G rows of a prompt, T queries, S keys, N query heads, K key/value heads, R = N / K, H head size.
+"""
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite, so that a query that sees no key gives numbers (which are masked later) and not NaN
+
+
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_TS: jax.Array) -> jax.Array:
+    """Softmax attention; mask [T, S] (True: may be seen). Returns [B, T, N, H] in the dtype of v."""
+    *lead, n, h = q_BTNH.shape
+    q = q_BTNH.reshape(*lead, k_BSKH.shape[-2], -1, h)
+    scores = jnp.einsum("btkrh,bskh->bkrts", q, k_BSKH, preferred_element_type=jnp.float32) * h**-0.5
+    weights = jax.nn.softmax(jnp.where(mask_TS, scores, MASKED), axis=-1).astype(v_BSKH.dtype)
+    out = jnp.einsum("bkrts,bskh->btkrh", weights, v_BSKH, preferred_element_type=jnp.float32)
+    return out.astype(v_BSKH.dtype).reshape(q_BTNH.shape)
+
+
+def attend_shared(q_PGTNH: jax.Array, prefix, own) -> jax.Array:
+    """Attention of G rows of each prompt over the prompt's keys and, behind them, each row's own keys: one softmax.
+
+    prefix: (k, v [P, S, K, H], mask [P, S]); own: (k, v [P, G, S', K, H], mask broadcastable to [P, G, T, S']). The prefix is
+    read once for all G rows: they are folded into the query axis.
+    """
+    p, g, t, n, h = q_PGTNH.shape
+    kp, vp, prefix_mask = prefix
+    ko, vo, own_mask = own
+    k_heads = kp.shape[-2]
+    q = q_PGTNH.reshape(p, g, t, k_heads, n // k_heads, h)
+    scale = h**-0.5
+    sp = jnp.einsum("pgtkrh,pskh->pkrgts", q, kp, preferred_element_type=jnp.float32) * scale
+    so = jnp.einsum("pgtkrh,pgskh->pkrgts", q, ko, preferred_element_type=jnp.float32) * scale
+    sp = jnp.where(prefix_mask[:, None, None, None, None, :], sp, MASKED)
+    so = jnp.where(jnp.broadcast_to(own_mask, (p, g, t, ko.shape[2]))[:, None, None], so, MASKED)
+    top = jax.lax.stop_gradient(jnp.maximum(sp.max(-1, keepdims=True), so.max(-1, keepdims=True)))
+    ep, eo = jnp.exp(sp - top), jnp.exp(so - top)
+    total = ep.sum(-1, keepdims=True) + eo.sum(-1, keepdims=True)
+    out = jnp.einsum("pkrgts,pskh->pgtkrh", (ep / total).astype(vp.dtype), vp, preferred_element_type=jnp.float32)
+    out += jnp.einsum("pkrgts,pgskh->pgtkrh", (eo / total).astype(vo.dtype), vo, preferred_element_type=jnp.float32)
+    return out.astype(vo.dtype).reshape(q_PGTNH.shape)
+
+
+def causal(length: int) -> jax.Array:
+    """bool [T, T]: query t sees keys 0..t."""
+    return jnp.tril(jnp.ones((length, length), bool))

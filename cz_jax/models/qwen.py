@@ -1,0 +1,248 @@
+"""Qwen2 and Qwen3 in one file, as Flax NNX modules over the weight table of `spec`.
+
+The modules hold weights and the arithmetic of a block; which keys a query sees is the caller's matter, handed in as an
+`attend` function. Outside of `models/` parameters are a plain tree of arrays (see `spec.weights`); a module is made
+around them where it is used, inside the traced function.
+
+Three ways through the model:
+  `shared_forward`  prompts and their G suffixes, each prompt computed once: training, judging, log-probabilities
+  `prefill`         prompts alone, keeping keys and values
+  `decode`          one token for each of P x G rows over the prompt's cache and their own
+
+Legend: P prompts, G rows of a prompt, T tokens (Tp prompt, Ts suffix), D hidden, V vocabulary, N query heads, K key/value
+heads, H head size, L layers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cz_jax.models.attention import attend, attend_shared, causal
+from cz_jax.models.spec import Arch, tree_of, weights
+from cz_jax.parallel import constrain_batch
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias, with a low-rank addition where the leaves hold one."""
+
+    def __init__(self, leaves: dict):
+        self.kernel = nnx.Param(leaves["kernel"])
+        self.bias = nnx.Param(leaves["bias"]) if "bias" in leaves else None
+        self.lora_a = nnx.LoRAParam(leaves["lora_a"]) if "lora_a" in leaves else None
+        self.lora_b = nnx.LoRAParam(leaves["lora_b"]) if "lora_a" in leaves else None
+        self.lora_scale = nnx.Variable(leaves["lora_scale"]) if "lora_a" in leaves else None
+
+    def __call__(self, x):
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.lora_a is not None:
+            low = (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
+            y = y + low * self.lora_scale[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, scale, eps: float):
+        self.scale, self.eps = nnx.Param(scale), eps
+
+    def __call__(self, x):
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        return x32.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """One transformer layer around the leaves of layer i (no leading layer axis)."""
+
+    def __init__(self, arch: Arch, leaves: dict):
+        self.arch = arch
+        self.attn_norm = RMSNorm(leaves["attn_norm"], arch.norm_eps)
+        self.ffn_norm = RMSNorm(leaves["ffn_norm"], arch.norm_eps)
+        self.q_norm = RMSNorm(leaves["q_norm"], arch.norm_eps) if arch.qk_norm else None
+        self.k_norm = RMSNorm(leaves["k_norm"], arch.norm_eps) if arch.qk_norm else None
+        for name in ("q", "k", "v", "o", "gate", "up", "down"):
+            setattr(self, name, Linear(leaves[name]))
+
+    def __call__(self, x, rope, attend_fn, cache):
+        """x [..., D] -> (x [..., D], what `attend_fn(q [..., N, H], k, v [..., K, H], cache)` returns beside its output)."""
+        y = self.attn_norm(x)
+        q, k, v = (
+            f(y).reshape(*y.shape[:-1], -1, self.arch.head_dim) for f in (self.q, self.k, self.v)
+        )
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out, cache = attend_fn(rotate(q, rope), rotate(k, rope), v, cache)
+        x = x + self.o(out.reshape(*out.shape[:-2], -1))
+        y = self.ffn_norm(x)
+        return x + self.down(nnx.silu(self.gate(y)) * self.up(y)), cache
+
+
+class Qwen(nnx.Module):
+    """The whole model around a parameter tree."""
+
+    def __init__(self, arch: Arch, params: dict):
+        self.arch = arch
+        self.embed = nnx.Param(params["embed"])
+        self.layers = nnx.data(params["layers"])
+        self.norm = RMSNorm(params["norm"], arch.norm_eps)
+        self.lm_head = None if arch.tied_embeddings else nnx.Param(params["lm_head"])
+
+    def embed_tokens(self, tokens, dtype):
+        return constrain_batch(jnp.take(self.embed[...], tokens, axis=0, mode="clip").astype(dtype))
+
+    def run(self, x, positions, attend_fn, caches=None, remat: bool = False):
+        """All layers and the final norm. `caches`: per layer (leading L, or a tuple of L), handed to `attend_fn`; what it
+        returns comes back in the same form. Stacked layers are scanned, a tuple of layers is unrolled."""
+        rope = rope_tables(positions, self.arch)
+
+        def layer(x, leaves_cache):
+            leaves, cache = leaves_cache
+            x, cache = Block(self.arch, leaves)(x, rope, attend_fn, cache)
+            return constrain_batch(x), cache
+
+        if isinstance(self.layers, (tuple, list)):
+            new = []
+            for i, leaves in enumerate(self.layers):
+                x, cache = layer(x, (leaves, None if caches is None else caches[i]))
+                new.append(cache)
+            new = tuple(new)
+        else:
+            step = jax.checkpoint(layer) if remat else layer
+            x, new = jax.lax.scan(step, x, (self.layers, caches))
+        return self.norm(x), new
+
+
+def head_matrix(arch: Arch, params: dict) -> jax.Array:
+    """[D, V], the matrix that turns final hidden states into logits."""
+    return params["embed"].T if arch.tied_embeddings else params["lm_head"]
+
+
+def logits_of(hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
+    """float32 logits [..., V] of final hidden states [..., D]."""
+    return jnp.matmul(hidden, head_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def rope_tables(positions: jax.Array, arch: Arch):
+    """(cos, sin), float32 [..., 1, H / 2], of int positions [...]."""
+    half = arch.head_dim // 2
+    inverse = arch.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * inverse
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x, rope):
+    """Rotary embedding of x [..., heads, H] in the half-split form of Hugging Face checkpoints."""
+    cos, sin = (t.astype(x.dtype) for t in rope)
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def shared_forward(
+    arch: Arch, params: dict, prompts_PT, prompt_lengths_P, suffixes_PGT, dtype=jnp.float32, remat: bool = False
+):
+    """Final hidden states of prompts (right-padded, int [P, Tp]) and of their suffixes (int [P, G, Ts]).
+
+    Every prompt is computed once; a suffix token sees its prompt and the earlier tokens of its own suffix, never another
+    row. Padding behind a suffix is never seen by what stands before it. Returns (prompt [P, Tp, D], suffix [P, G, Ts, D]).
+    """
+    (p, tp), (_, g, ts) = prompts_PT.shape, suffixes_PGT.shape
+    model = Qwen(arch, params)
+    tokens = jnp.concatenate([prompts_PT, suffixes_PGT.reshape(p, g * ts)], axis=1)
+    at_prompt = jnp.broadcast_to(jnp.arange(tp), (p, tp))
+    at_suffix = prompt_lengths_P[:, None, None] + jnp.broadcast_to(jnp.arange(ts), (p, g, ts))
+    positions = jnp.concatenate([at_prompt, at_suffix.reshape(p, g * ts)], axis=1)
+    visible = jnp.arange(tp) < prompt_lengths_P[:, None]
+
+    def attend_fn(q, k, v, _):
+        def cut(a):
+            return a[:, :tp], a[:, tp:].reshape(p, g, ts, *a.shape[2:])
+
+        (qp, qs), (kp, ks), (vp, vs) = cut(q), cut(k), cut(v)
+        prompt = attend(qp, kp, vp, causal(tp))
+        suffix = attend_shared(qs, (kp, vp, visible), (ks, vs, causal(ts)))
+        return jnp.concatenate([prompt, suffix.reshape(p, g * ts, *suffix.shape[3:])], axis=1), None
+
+    hidden, _ = model.run(model.embed_tokens(tokens, dtype), positions, attend_fn, remat=remat)
+    return hidden[:, :tp], hidden[:, tp:].reshape(p, g, ts, -1)
+
+
+def predicting_hidden(prompt_PTD, prompt_lengths_P, suffix_PGTD):
+    """[P, G, Ts, D]: for each suffix token the hidden state that predicts it: the prompt's last real one for the first."""
+    g = suffix_PGTD.shape[1]
+    last = jnp.take_along_axis(prompt_PTD, (prompt_lengths_P - 1)[:, None, None], axis=1)  # P 1 D
+    first = jnp.broadcast_to(last[:, None], (last.shape[0], g, 1, last.shape[-1]))
+    return jnp.concatenate([first, suffix_PGTD[:, :, :-1]], axis=2)
+
+
+class PromptCache(NamedTuple):
+    """Keys and values of the prompts, for each layer [P, Tp, K, H]."""
+
+    keys: tuple
+    values: tuple
+    lengths: jax.Array  # int [P]
+
+
+def prefill(arch: Arch, params: dict, prompts_PT, prompt_lengths_P, dtype=jnp.float32):
+    """(hidden state that predicts the first new token [P, D], PromptCache) of right-padded prompts (int [P, Tp])."""
+    p, tp = prompts_PT.shape
+    model = Qwen(arch, params)
+
+    def attend_fn(q, k, v, _):
+        return attend(q, k, v, causal(tp)), (k, v)
+
+    positions = jnp.broadcast_to(jnp.arange(tp), (p, tp))
+    hidden, (keys, values) = model.run(model.embed_tokens(prompts_PT, dtype), positions, attend_fn)
+    last = jnp.take_along_axis(hidden, (prompt_lengths_P - 1)[:, None, None], axis=1)[:, 0]
+    return last, PromptCache(tuple(keys), tuple(values), prompt_lengths_P)
+
+
+def unstacked(arch: Arch, params: dict) -> dict:
+    """`params` with a tuple of L layers, the form that `decode` takes: the slices are made once, outside of its loop."""
+    layers = tuple(jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(arch.layers))
+    return {**params, "layers": layers}
+
+
+def empty_suffix(arch: Arch, rows: tuple[int, int], length: int, dtype) -> tuple:
+    """Per layer (keys, values) of zeros [P, G, Ts, K, H]."""
+    shape = (*rows, length, arch.kv_heads, arch.head_dim)
+    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(arch.layers))
+
+
+def decode(arch: Arch, layered_params: dict, tokens_PG, at, prompt: PromptCache, suffix: tuple):
+    """One step: tokens (int [P, G]) stand at place `at` (int scalar) of their suffix. Returns (hidden [P, G, D] that
+    predicts the next token, the suffix caches with this token's keys and values)."""
+    model = Qwen(arch, layered_params)
+    length = suffix[0][0].shape[2]
+    visible = jnp.arange(prompt.keys[0].shape[1]) < prompt.lengths[:, None]
+    seen = jnp.arange(length) <= at
+    positions = jnp.broadcast_to(prompt.lengths[:, None] + at, tokens_PG.shape)
+
+    def attend_fn(q, k, v, cache):
+        (prompt_k, prompt_v), (own_k, own_v) = cache
+        own_k = jax.lax.dynamic_update_slice_in_dim(own_k, k[:, :, None], at, axis=2)
+        own_v = jax.lax.dynamic_update_slice_in_dim(own_v, v[:, :, None], at, axis=2)
+        out = attend_shared(q[:, :, None], (prompt_k, prompt_v, visible), (own_k, own_v, seen))
+        return out[:, :, 0], (own_k, own_v)
+
+    caches = tuple(zip(zip(prompt.keys, prompt.values, strict=True), suffix, strict=True))
+    return model.run(model.embed_tokens(tokens_PG, prompt.keys[0].dtype), positions, attend_fn, caches)
+
+
+def random_params(arch: Arch, seed: int, dtype=jnp.float32, sharding_of=None) -> dict:
+    """Random weights (normal 0.02, biases 0, norms 1), made on the device in the shardings of `sharding_of(weight)`."""
+    table = weights(arch)
+
+    def make():
+        key = jax.random.key(seed)
+        fill = {"ones": jnp.ones, "zeros": jnp.zeros}
+
+        def leaf(w):
+            if w.init in fill:
+                return fill[w.init](w.shape, dtype)
+            return (0.02 * jax.random.normal(jax.random.fold_in(key, table.index(w)), w.shape, jnp.float32)).astype(dtype)
+
+        return tree_of(table, leaf)
+
+    shardings = None if sharding_of is None else tree_of(table, sharding_of)
+    return jax.jit(make, out_shardings=shardings)()

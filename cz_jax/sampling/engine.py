@@ -1,0 +1,147 @@
+"""A model in use: parameters on a mesh and a tokenizer behind `ports.LanguageModel`.
+
+Prompts are padded to a ladder of lengths and calls to a few row counts, so that a run compiles a handful of programs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cz_jax import parallel, rng, shapes
+from cz_jax.models.spec import Arch
+from cz_jax.ports import Sample, SamplingMethod
+from cz_jax.sampling.generate import choice_probabilities, generate
+
+
+@dataclass
+class Engine:
+    """`params` is called for every use, so that a solver's engine sees its newest weights. `tokenizer`: encode_chat,
+    encode, decode, eos_ids, pad_id (see convert.tokenizer). `max_sequences`: rows decoded side by side; `max_tokens`: tokens of
+    one judging batch."""
+
+    name: str
+    arch: Arch
+    params: Callable[[], dict]
+    tokenizer: object
+    mesh: jax.sharding.Mesh
+    dtype: jnp.dtype = jnp.float32
+    max_sequences: int = 64
+    max_tokens: int = 16384
+
+    @property
+    def max_context(self) -> int:
+        return self.arch.max_context
+
+    def encode_chat(self, messages, forced: str = "") -> list[int]:
+        return self.tokenizer.encode_chat(messages, forced)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def decode(self, tokens) -> str:
+        return self.tokenizer.decode(tokens)
+
+    def sample(self, prompts, seeds, max_new_tokens: int, method: SamplingMethod) -> list[list[Sample]]:
+        """See ports.LanguageModel. ValueError where prompt and completion exceed the context."""
+        longest = max((len(p) for p in prompts), default=0) + max_new_tokens
+        if longest > self.max_context or not all(prompts):
+            raise ValueError(f"prompts must hold 1 to {self.max_context - max_new_tokens} tokens, the longest makes {longest}")
+        out: list[list[Sample]] = [[] for _ in prompts]
+        for call, (length, group) in self._calls([len(p) for p in prompts], [len(s) for s in seeds]):
+            completions = self._generate([prompts[i] for i in call], [seeds[i] for i in call], length, group, max_new_tokens, method)
+            for i, rows in zip(call, completions, strict=True):
+                out[i] = rows
+        return out
+
+    def _calls(self, lengths: Sequence[int], groups: Sequence[int]):
+        """(indices, (padded length, group size)) of calls of at most `max_sequences` rows, prompts of one rung together."""
+        shape = [(shapes.rung(n), g) for n, g in zip(lengths, groups, strict=True)]
+        order = sorted(range(len(shape)), key=shape.__getitem__)
+        for key, same in groupby(order, key=shape.__getitem__):
+            same = list(same)
+            step = max(1, self.max_sequences // max(1, key[1]))
+            for start in range(0, len(same), step):
+                yield same[start : start + step], key
+
+    def _generate(self, prompts, seeds, length, group, max_new_tokens, method):
+        count = shapes.rows(len(prompts), parallel.batch_devices(self.mesh))
+        tokens, lengths = pad(prompts, count, length, self.tokenizer.pad_id)
+        all_seeds = np.zeros((count, group), np.uint64)
+        all_seeds[: len(prompts)] = seeds
+        active = np.broadcast_to(np.arange(count)[:, None] < len(prompts), (count, group))
+        with jax.set_mesh(self.mesh):
+            done = generate(
+                self.arch, self.params(), *self._place(tokens, lengths, rng.key_data(all_seeds), active),
+                jnp.asarray(self.tokenizer.eos_ids, jnp.int32),
+                max_new_tokens=max_new_tokens, method=method, dtype=self.dtype,
+            )  # fmt: skip
+            got = parallel.to_host(done)
+        return [[self._as_sample(got, p, g) for g in range(group)] for p in range(len(prompts))]
+
+    def _as_sample(self, got, p: int, g: int) -> Sample:
+        n, ended = int(got.lengths[p, g]), bool(got.ended[p, g])
+        tokens = tuple(got.tokens[p, g, :n].tolist())
+        logprobs = tuple(got.logprobs[p, g, :n].tolist())
+        return Sample(tokens, logprobs, ended, self.decode(tokens[:-1] if ended else tokens))
+
+    def choice_probabilities(self, prompts, choices) -> list[list[list[float]]]:
+        """See ports.LanguageModel."""
+        split = [common_prefix(rows) for rows in prompts]
+        suffixes = [[row[n:] for row in rows] for rows, n in zip(prompts, split, strict=True)]
+        shape = [
+            (shapes.rung(n), shapes.rung(max(map(len, rows))), shapes.rows(len(rows)))
+            for n, rows in zip(split, suffixes, strict=True)
+        ]
+        out: list[list[list[float]]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=shape.__getitem__)
+        for key, same in groupby(order, key=shape.__getitem__):
+            same = list(same)
+            step = max(1, self.max_tokens // (key[0] + key[1] * key[2]))
+            for start in range(0, len(same), step):
+                call = same[start : start + step]
+                for i, rows in zip(call, self._choose([prompts[i][0][: split[i]] for i in call], [suffixes[i] for i in call], key, choices), strict=True):
+                    out[i] = rows
+        return out
+
+    def _choose(self, prefixes, suffixes, shape, choices):
+        prefix_length, suffix_length, group = shape
+        count = shapes.rows(len(prefixes), parallel.batch_devices(self.mesh))
+        tokens, lengths = pad(prefixes, count, prefix_length, self.tokenizer.pad_id)
+        rows = np.full((count, group, suffix_length), self.tokenizer.pad_id, np.int32)
+        row_lengths = np.ones((count, group), np.int32)
+        for p, group_rows in enumerate(suffixes):
+            for g, row in enumerate(group_rows):
+                rows[p, g, : len(row)], row_lengths[p, g] = row, len(row)
+        with jax.set_mesh(self.mesh):
+            got = parallel.to_host(choice_probabilities(
+                self.arch, self.params(), *self._place(tokens, lengths, rows, row_lengths),
+                jnp.asarray(choices, jnp.int32), dtype=self.dtype,
+            ))  # fmt: skip
+        return [got[p, : len(group_rows)].tolist() for p, group_rows in enumerate(suffixes)]
+
+    def _place(self, *arrays):
+        """Host arrays as device arrays split over the batch axes of the mesh."""
+        return [parallel.place_batch(self.mesh, a) for a in arrays]
+
+
+def pad(rows, count: int, length: int, pad_id: int):
+    """(int32 [count, length] right-padded, int32 [count] lengths); rows beyond those given hold one pad token."""
+    tokens = np.full((count, length), pad_id, np.int32)
+    lengths = np.ones(count, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], lengths[i] = row, len(row)
+    return tokens, lengths
+
+
+def common_prefix(rows) -> int:
+    """How many leading tokens all rows share, leaving each at least one token of its own."""
+    most = min(len(r) for r in rows) - 1
+    first = rows[0]
+    for i in range(most):
+        if any(r[i] != first[i] for r in rows):
+            return i
+    return most

@@ -1,0 +1,95 @@
+"""The two compiled programs of inference: sampling completions, and reading the probabilities of given next tokens.
+
+Legend: P prompts, G rows of a prompt, Tp prompt tokens, C new tokens, Ts suffix tokens, V vocabulary.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cz_jax import rng
+from cz_jax.models import qwen
+from cz_jax.models.spec import Arch
+from cz_jax.ports import SamplingMethod
+from cz_jax.sampling.methods import draw
+
+CHOICE_ROWS = 16  # rows whose logits over the vocabulary exist at one time
+
+
+class Completions(NamedTuple):
+    tokens: jax.Array  # int32 [P, G, C]
+    logprobs: jax.Array  # float32 [P, G, C]
+    lengths: jax.Array  # int32 [P, G]: tokens truly sampled, the stop token included
+    ended: jax.Array  # bool [P, G]: the last of them is a stop id
+
+
+@partial(jax.jit, static_argnames=("arch", "max_new_tokens", "method", "dtype"))
+def generate(
+    arch: Arch, params, prompts_PT, lengths_P, keys_PG2, active_PG, stop_ids_S,
+    *, max_new_tokens: int, method: SamplingMethod, dtype=jnp.float32,
+) -> Completions:  # fmt: skip
+    """G completions of each right-padded prompt (int32 [P, Tp]) from one prefill; stops when every active row has sampled
+    one of `stop_ids_S` or C tokens. `keys_PG2` (uint32): the key of each row; position c of a row draws from it and c
+    alone."""
+    p, g = active_PG.shape
+    head = qwen.head_matrix(arch, params)
+    keys = keys_PG2.reshape(p * g, 2)
+
+    def next_token(hidden_PGD, at):
+        logits = qwen.logits_of(hidden_PGD.reshape(p * g, -1), head)
+        token, logprob = draw(logits, rng.uniform_at(keys, jnp.full(p * g, at)), method)
+        return token.reshape(p, g), logprob.reshape(p, g)
+
+    def record(state, token, logprob, at):
+        live = ~state["done"]
+        ended = live & (token[..., None] == stop_ids_S).any(-1)
+        return state | {
+            "tokens": jax.lax.dynamic_update_index_in_dim(state["tokens"], jnp.where(live, token, 0), at, 2),
+            "logprobs": jax.lax.dynamic_update_index_in_dim(state["logprobs"], jnp.where(live, logprob, 0.0), at, 2),
+            "lengths": state["lengths"] + live,
+            "ended": state["ended"] | ended,
+            "done": state["done"] | ended,
+            "last": token,
+            "at": at,
+        }
+
+    last, prompt = qwen.prefill(arch, params, prompts_PT, lengths_P, dtype)
+    layered = qwen.unstacked(arch, params)
+    state = {
+        "tokens": jnp.zeros((p, g, max_new_tokens), jnp.int32),
+        "logprobs": jnp.zeros((p, g, max_new_tokens), jnp.float32),
+        "lengths": jnp.zeros((p, g), jnp.int32),
+        "ended": jnp.zeros((p, g), bool),
+        "done": ~active_PG,
+    }
+    hidden = jnp.broadcast_to(last[:, None], (p, g, last.shape[-1]))
+    state = record(state, *next_token(hidden, 0), 0)
+    state["at"] = jnp.int32(0)
+    state["suffix"] = qwen.empty_suffix(arch, (p, g), max_new_tokens, prompt.keys[0].dtype)
+
+    def body(state):
+        hidden, suffix = qwen.decode(arch, layered, state["last"], state["at"], prompt, state["suffix"])
+        at = state["at"] + 1
+        return record(state | {"suffix": suffix}, *next_token(hidden, at), at)
+
+    state = jax.lax.while_loop(lambda s: (s["at"] + 1 < max_new_tokens) & ~s["done"].all(), body, state)
+    return Completions(state["tokens"], state["logprobs"], state["lengths"], state["ended"])
+
+
+@partial(jax.jit, static_argnames=("arch", "dtype"))
+def choice_probabilities(arch: Arch, params, prompts_PT, lengths_P, suffixes_PGT, suffix_lengths_PG, choices_S, *, dtype):
+    """float32 [P, G, S]: P(next token = choices[s]) behind suffix (p, g), which itself stands behind prompt p. Every suffix
+    has at least one token. NaN where a logit is not finite."""
+    p, g, _ = suffixes_PGT.shape
+    _, hidden = qwen.shared_forward(arch, params, prompts_PT, lengths_P, suffixes_PGT, dtype)
+    last = jnp.take_along_axis(hidden, (suffix_lengths_PG - 1)[:, :, None, None], axis=2).reshape(p * g, -1)
+    head = qwen.head_matrix(arch, params)
+
+    def read(row_D):
+        logits = qwen.logits_of(row_D, head)
+        chosen = jnp.exp(logits[choices_S] - jax.nn.logsumexp(logits))
+        return jnp.where(jnp.isfinite(logits).all(), chosen, jnp.nan)
+
+    return jax.lax.map(read, last, batch_size=min(CHOICE_ROWS, p * g)).reshape(p, g, -1)

@@ -1,0 +1,17 @@
+"""The few sizes that compiled shapes come in, so that a run compiles a handful of programs and not one a batch."""
+
+LADDER = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768)
+
+
+def rung(length: int) -> int:
+    """The smallest size of the ladder that holds `length` tokens."""
+    for size in LADDER:
+        if length <= size:
+            return size
+    raise ValueError(f"{length} tokens exceed the longest supported sequence of {LADDER[-1]}")
+
+
+def rows(count: int, multiple: int = 1) -> int:
+    """The smallest power of two that holds `count` rows, raised to a multiple of `multiple` (ways a batch is split)."""
+    size = 1 << max(0, count - 1).bit_length()
+    return -(-size // multiple) * multiple

@@ -1,0 +1,121 @@
+"""The forward passes against transformers' own numbers, and the promises about what a token may see."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_models import FAMILIES, load
+
+from cz_jax.models import qwen
+from cz_jax.models.spec import RANDOM_SHAPES, arch_from_folder, weights
+
+
+def all_logits(arch, params, tokens, dtype=jnp.float32):
+    hidden, _ = qwen.shared_forward(
+        arch, params, tokens, np.full(len(tokens), tokens.shape[1]), np.zeros((len(tokens), 1, 1), np.int32), dtype
+    )
+    return qwen.logits_of(hidden, qwen.head_matrix(arch, params))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family):
+    arch, params, golden = load(family)
+    ours = all_logits(arch, params, golden["tokens"])
+    assert np.abs(ours - golden["logits"]).max() <= 2e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_and_decode_equal_the_full_forward(family):
+    arch, params, golden = load(family)
+    tokens = golden["tokens"]
+    full = np.asarray(all_logits(arch, params, tokens))
+    lengths = np.array([11, 7, 16])
+    prompts = np.where(np.arange(16) < lengths[:, None], tokens[:, :16], 5)
+    hidden, cache = qwen.prefill(arch, params, prompts, lengths)
+    layered = qwen.unstacked(arch, params)
+    suffix = qwen.empty_suffix(arch, (3, 1), 8, jnp.float32)
+    head = qwen.head_matrix(arch, params)
+    rows = np.arange(3)
+    np.testing.assert_allclose(qwen.logits_of(hidden, head), full[rows, lengths - 1], atol=1e-4)
+    for at in range(8):
+        step, suffix = qwen.decode(arch, layered, tokens[rows, lengths + at][:, None], at, cache, suffix)
+        np.testing.assert_allclose(qwen.logits_of(step[:, 0], head), full[rows, lengths + at], atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sharing_the_prompt_equals_repeating_it(family):
+    arch, params, golden = load(family)
+    tokens = golden["tokens"]
+    prompts, lengths = tokens[:2, :12], np.array([12, 9])
+    suffixes = np.stack([tokens[:2, 12:20], tokens[:2, 20:28], tokens[:2, 28:36]], axis=1)
+    _, shared = qwen.shared_forward(arch, params, prompts, lengths, suffixes)
+    for p in range(2):
+        for g in range(3):
+            row = np.concatenate([prompts[p, : lengths[p]], suffixes[p, g]])[None]
+            alone, _ = qwen.shared_forward(arch, params, row, np.array([row.shape[1]]), np.zeros((1, 1, 1), np.int32))
+            np.testing.assert_allclose(shared[p, g], alone[0, lengths[p] :], atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_later_token_never_moves_an_earlier_one_and_rows_do_not_leak(family):
+    arch, params, golden = load(family)
+    tokens = golden["tokens"]
+    prompts, lengths = tokens[:2, :12], np.array([12, 9])
+    suffixes = np.stack([tokens[:2, 12:20], tokens[:2, 20:28]], axis=1)
+    run = jax.jit(lambda p, s: qwen.shared_forward(arch, params, p, lengths, s))
+    prompt_before, before = map(np.asarray, run(prompts, suffixes))
+    changed = suffixes.copy()
+    changed[0, 1, 5] = (changed[0, 1, 5] + 7) % arch.vocab_size
+    prompt_after, after = map(np.asarray, run(prompts, changed))
+    moved = (before != after).any(-1)
+    assert moved[0, 1, 5:].all()
+    assert moved.sum() == moved[0, 1, 5:].sum()
+    assert (prompt_before == prompt_after).all()
+    padded = prompts.copy()
+    padded[1, 9:] = 3  # behind the prompt's real end
+    _, after = map(np.asarray, run(padded, suffixes))
+    assert (before == after).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_remat_and_unrolled_layers_change_nothing(family):
+    arch, params, golden = load(family)
+    prompts, lengths = golden["tokens"][:, :10], np.array([10, 10, 6])
+    suffixes = golden["tokens"][:, None, 10:20]
+
+    def loss(params, remat):
+        return (qwen.shared_forward(arch, params, prompts, lengths, suffixes, remat=remat)[1] ** 2).sum()
+
+    plain, remat = (jax.grad(loss)(params, r) for r in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), plain, remat)
+    unrolled = loss(qwen.unstacked(arch, params), False)
+    np.testing.assert_allclose(loss(params, False), unrolled, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_stays_near_float32(family):
+    arch, params, golden = load(family)
+    half = all_logits(arch, jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), golden["tokens"], jnp.bfloat16)
+    spread = golden["logits"].std()
+    assert np.abs(np.asarray(half) - golden["logits"]).mean() < 0.03 * spread
+
+
+def test_every_published_shape_builds(shared):
+    folders = sorted((shared / "model_configs").iterdir())
+    assert len(folders) == 6
+    for folder in folders:
+        arch = arch_from_folder(folder)
+        params = jax.eval_shape(lambda arch=arch: qwen.random_params(arch, 0, jnp.bfloat16))
+        out = jax.eval_shape(
+            lambda p, arch=arch: all_logits(arch, p, np.zeros((1, 16), np.int32), jnp.bfloat16), params
+        )
+        assert out.shape == (1, 16, arch.vocab_size)
+        assert sum(x.size for x in jax.tree.leaves(params)) == arch.parameters
+
+
+@pytest.mark.parametrize(
+    "name, millions", [("qwen2.5-coder-0.5b", 494), ("qwen2.5-coder-1.5b", 1544), ("qwen3-4b", 4022)]
+)
+def test_random_shapes_have_the_published_sizes(name, millions):
+    assert round(RANDOM_SHAPES[name].parameters / 1e6) == millions
+    assert len({w.path for w in weights(RANDOM_SHAPES[name])}) == len(weights(RANDOM_SHAPES[name]))

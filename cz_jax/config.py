@@ -53,7 +53,17 @@ class ProposerConfig(Section):
     top_k: Count = 0
     memory: Count = 512  # questions remembered, against near-copies
     near_copy: Annotated[float, Field(gt=0.0, le=1.0)] = 0.85  # token-set similarity from which it is a copy
-    imports: tuple[str, ...] = ("math", "re", "itertools", "functools", "collections", "string", "typing", "heapq", "bisect")
+    imports: tuple[str, ...] = (
+        "math",
+        "re",
+        "itertools",
+        "functools",
+        "collections",
+        "string",
+        "typing",
+        "heapq",
+        "bisect",
+    )
 
 
 class EvaluatorConfig(Section):
@@ -192,19 +202,24 @@ class Config(Section):
         r, lv, t = self.round, self.level, self.tasks
         has_proposer = self.proposer.model not in (None, "none")
         own = r.dataset_tasks + (r.proposed_tasks if has_proposer else 0)
-        yield own + r.external_groups == 0, (
-            "round.dataset_tasks + round.proposed_tasks + round.external_groups is 0, so there is nothing to train on: "
-            "set round.dataset_tasks=1 (round.proposed_tasks counts only with proposer.model)"
+        yield (
+            own + r.external_groups == 0,
+            (
+                "round.dataset_tasks + proposed_tasks + external_groups is 0, so there is nothing to train on: "
+                "set round.dataset_tasks=1 (round.proposed_tasks counts only with proposer.model)"
+            ),
         )
-        yield not t.sources, "tasks.sources is empty: name one, for example tasks.sources=[\"builtin@train\"]"
-        yield t.weights and len(t.weights) != len(t.sources), (
-            f"tasks.weights has {len(t.weights)} numbers for {len(t.sources)} tasks.sources: give one a source, or none"
+        yield not t.sources, 'tasks.sources is empty: name one, for example tasks.sources=["builtin@train"]'
+        yield (
+            t.weights and len(t.weights) != len(t.sources),
+            (f"tasks.weights has {len(t.weights)} numbers for {len(t.sources)} tasks.sources: one a source, or none"),
         )
         overlap = sorted(set(t.sources) & set(t.held_out + self.eval.tasks))
         yield overlap, f"{overlap} is both trained on (tasks.sources) and held out (tasks.held_out, eval.tasks)"
         yield lv.low >= lv.high, f"level.low={lv.low} must be below level.high={lv.high}"
-        yield lv.rule == "band" and (lv.low - lv.hysteresis < 0 or lv.high + lv.hysteresis > 1), (
-            "level.hysteresis pushes the band beyond [0, 1], so the level could never move: lower it"
+        yield (
+            lv.rule == "band" and (lv.low - lv.hysteresis < 0 or lv.high + lv.hysteresis > 1),
+            ("level.hysteresis pushes the band beyond [0, 1], so the level could never move: lower it"),
         )
         yield lv.min_count > lv.window, f"level.min_count={lv.min_count} exceeds level.window={lv.window}"
         wild = [a for a in ("data", "fsdp", "tensor") if getattr(self.mesh, a) == -1]
@@ -212,7 +227,10 @@ class Config(Section):
         yield len(wild) > 1, f"mesh.{' and mesh.'.join(wild)} are -1: only one axis can take the remaining devices"
         yield zero, f"mesh.{' and mesh.'.join(zero)} is 0: an axis has at least one device (-1: the remaining ones)"
         total = self.reward.structure + self.reward.format + self.reward.correctness
-        yield self.reward.preset == "cz" and total == 0, "reward.structure, format and correctness are all 0: nothing to learn"
+        yield (
+            self.reward.preset == "cz" and total == 0,
+            "reward.structure, format and correctness are all 0: nothing to learn",
+        )
 
 
 def load(path=None, overrides=()) -> Config:
@@ -242,7 +260,9 @@ def to_toml(config: Config) -> str:
     for section, values in config.model_dump(mode="json").items():
         lines.append(f"[{section}]")
         lines += [f"{key} = {_toml_value(v)}" for key, v in values.items() if v is not None]
-        lines += [f'{key} = "none"' for key, v in values.items() if v is None and (section, key) == ("proposer", "model")]
+        lines += [
+            f'{key} = "none"' for key, v in values.items() if v is None and (section, key) == ("proposer", "model")
+        ]
         lines.append("")
     return "\n".join(lines)
 
@@ -280,7 +300,9 @@ def _lay_over(data: dict, word: str):
     name, eq, text = word.partition("=")
     section, dot, key = name.partition(".")
     if not (eq and dot and section and key):
-        raise ConfigError(f"{word!r} is not a setting", "settings are section.key=value", "optimizer.learning_rate=1e-5")
+        raise ConfigError(
+            f"{word!r} is not a setting", "settings are section.key=value", "optimizer.learning_rate=1e-5"
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):

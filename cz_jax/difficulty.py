@@ -2,9 +2,9 @@
 
 `band` (the default) reacts to the success rate itself: above the band the next level, below it the one before, counted
 over outcomes at the current level only. Two things keep noise from moving it: a rate counts from `min_count` outcomes
-on, and must leave the band by `hysteresis` or more. With the defaults (24 outcomes, 0.3..0.7, 0.05) a solver that is right half
-the time needs 18 of 24 to move, 2.4 standard errors away, and 3.5 at a full window of 48. That holds for independent
-outcomes; answers to one task are alike, so raise `min_count` and `window` along with the group size.
+on, and must leave the band by `hysteresis` or more. With the defaults (24 outcomes, 0.3..0.7, 0.05) a solver that is
+right half the time needs 18 of 24 to move, 2.4 standard errors away, and 3.5 at a full window of 48. That holds for
+independent outcomes; answers to one task are alike, so raise `min_count` and `window` along with the group size.
 `trend` is the reference's rule, kept for comparison: it reacts to change, so that a constant success rate of 1 never
 moves it and one of 0.5 lets it walk at random.
 """

@@ -1,7 +1,7 @@
 """Errors that end a command, and the one line each of them prints.
 
-A `UserError` is somebody's input, told in one line: what is wrong, the usual cause, the corrected call. The command line
-turns it into exit status 2 without a traceback. Everything else that escapes is a defect of ours and stays loud.
+A `UserError` is somebody's input, told in one line: what is wrong, the usual cause, the corrected call. The command
+line turns it into exit status 2 without a traceback. Everything else that escapes is a defect of ours and stays loud.
 """
 
 

@@ -16,7 +16,8 @@ TASKS_AT_ONCE = 8
 def evaluate(
     solver: ModelSolver, evaluator: Evaluator, tasks: Sequence[Task], k: int, max_failed_share: float, say: Callable
 ) -> dict:
-    """{"average_at_k", "pass_at_k": {"k", "value", "low", "high"}, "n_tasks", "by_level", "by_source", "verdicts", "left_out"}.
+    """{"average_at_k", "pass_at_k": {"k", "value", "low", "high"}, "n_tasks", "by_level", "by_source", "verdicts",
+    "left_out"}.
 
     Every task gets k rollouts, the same ones whatever round it is: their keys come from the purpose "evaluate" and the
     task. Tasks with a prompt that does not fit, or with a FAILED verdict, are left out and counted.

@@ -15,7 +15,7 @@ from cz_jax.config import Config
 from cz_jax.difficulty import LevelState, adapt
 from cz_jax.errors import RunStopped
 from cz_jax.nouns import Group, Level, Outcome, Reward, Round, Task, Verdict
-from cz_jax.ports import Evaluator, Exchange, Learner, Proposer, Proposals, Solver, TaskStream
+from cz_jax.ports import Evaluator, Exchange, Learner, Proposals, Proposer, Solver, TaskStream
 from cz_jax.rewards import group_rewards, success
 
 Judged = tuple[Group, tuple[Verdict, ...], tuple[Reward, ...] | None]
@@ -115,12 +115,13 @@ def pick(node: Node, level: Level, number: int) -> tuple[Proposals, tuple[Task, 
 
 
 def stop_on_failures(verdicts: Sequence[Sequence[Verdict]], most: float) -> None:
-    """RunStopped where more than the share `most` of the verdicts are FAILED: an evaluator that is down judges nobody."""
+    """RunStopped where more than the share `most` of the verdicts are FAILED: an evaluator that is down judges
+    nobody."""
     failed = [v for row in verdicts for v in row if v.outcome is Outcome.FAILED]
     share = len(failed) / max(1, sum(map(len, verdicts)))
     if share > most:
         raise RunStopped(
-            f"{share:.0%} of the round's verdicts failed (evaluator.max_failed_share is {most:.0%}): {failed[0].detail}",
+            f"{share:.0%} of the round's verdicts failed, evaluator.max_failed_share is {most:.0%}: {failed[0].detail}",
             "the evaluator is broken; nothing was trained on this round",
             "check evaluator.model with: cz-jax judge",
         )

@@ -58,7 +58,9 @@ def partition_spec(axes: Sequence[str | None], units: Mapping[str, int], mesh) -
             continue
         for name in names:
             if name in owner:
-                raise ConfigError(f"logical axes {owner[name]!r} and {axis!r} both map to the mesh axis {name!r} in {tuple(axes)}")
+                raise ConfigError(
+                    f"logical axes {owner[name]!r} and {axis!r} both map to the mesh axis {name!r} in {tuple(axes)}"
+                )
             owner[name] = axis
         parts.append(target)
     return PartitionSpec(*parts)
@@ -104,7 +106,9 @@ def _fingerprints(leaves):
     their order, so the result is the same however the leaves are laid out over devices."""
 
     def one(leaf):
-        bits = jax.lax.bitcast_convert_type(leaf, {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]).astype(jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(leaf, {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]).astype(
+            jnp.uint32
+        )
         place = jnp.zeros(leaf.shape, jnp.uint32)
         for axis, size in enumerate(leaf.shape):
             place = place * jnp.uint32(size & 0xFFFFFFFF) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)

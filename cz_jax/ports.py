@@ -12,8 +12,9 @@ from cz_jax.nouns import Group, Level, Round, Task, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sampled completion: `tokens` (EOS included) with their log-probabilities (nats, of the softmax at the sampling
-    temperature before top-p and top-k), whether it ended with a stop id, and its text without that stop token."""
+    """One sampled completion: `tokens` (EOS included) with their log-probabilities (nats, of the softmax at the
+    sampling temperature before top-p and top-k), whether it ended with a stop id, and its text without that stop
+    token."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -46,10 +47,14 @@ class LanguageModel(Protocol):
     def decode(self, tokens: Sequence[int]) -> str: ...
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], max_new_tokens: int, method: SamplingMethod
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        method: SamplingMethod,
     ) -> list[list[Sample]]:
-        """len(seeds[i]) completions of prompts[i], one for each 64-bit seed; equal seeds give equal tokens whatever else
-        is in the call."""
+        """len(seeds[i]) completions of prompts[i], one for each 64-bit seed; equal seeds give equal tokens whatever
+        else is in the call."""
 
     def choice_probabilities(
         self, prompts: Sequence[Sequence[Sequence[int]]], choices: Sequence[int]
@@ -101,9 +106,11 @@ class Exchange(Protocol):
 class Learner(Protocol):
     """Owner of the solver's trainable parameters."""
 
-    def update(self, groups: Sequence[Group], rewards: Sequence[Sequence[float]], own: Sequence[bool]) -> dict[str, float]:
-        """One GRPO update (or `grpo.updates` of them) on groups whose totals are `rewards`; metrics of it. `own[i]`: the
-        group's tokens and log-probabilities are ours; other groups are re-encoded."""
+    def update(
+        self, groups: Sequence[Group], rewards: Sequence[Sequence[float]], own: Sequence[bool]
+    ) -> dict[str, float]:
+        """One GRPO update (or `grpo.updates` of them) on groups whose totals are `rewards`; metrics of it. `own[i]`:
+        the group's tokens and log-probabilities are ours; other groups are re-encoded."""
 
     def policy_digest(self) -> str:
         """Hex digest of the parameters, independent of how they are laid out over devices."""

@@ -1,7 +1,7 @@
 """Every random number of a run comes from (run seed, round, purpose, task id, rollout index, position): this file.
 
-A 64-bit seed is hashed on the host from what the number is for, never from where in a batch it is drawn; the position of
-a token is folded in on the device. The same request therefore gives the same tokens whatever stands beside it.
+A 64-bit seed is hashed on the host from what the number is for, never from where in a batch it is drawn; the position
+of a token is folded in on the device. The same request therefore gives the same tokens whatever stands beside it.
 """
 
 import hashlib
@@ -12,7 +12,8 @@ import numpy as np
 
 
 def seed_for(run_seed: int, purpose: str, *path) -> int:
-    """The 64-bit seed for `purpose` ("roll out", "propose", ...) at `path` (round number, task id, rollout index...)."""
+    """The 64-bit seed for `purpose` ("roll out", "propose", ...) at `path` (round number, task id, rollout
+    index...)."""
     text = "\x1f".join([str(run_seed), purpose, *(str(p) for p in path)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 

@@ -1,4 +1,4 @@
-"""The tiny random models of tests/golden, loaded without the package's converter, and what transformers makes of them."""
+"""The tiny random models of tests/golden, loaded without the converter, and what transformers makes of them."""
 
 import pathlib
 

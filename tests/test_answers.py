@@ -248,6 +248,12 @@ def test_a_program_reads_and_prints(code, expected):
     assert structure(code, PROGRAM) == Structure(True, *expected)
 
 
+def test_tests_of_a_task_that_cannot_be_read_are_passed_over():
+    tests = (None, 7, "assert add(", "\0", "assert add(1, 2, 3) == 6")
+    assert structure(GOOD, Task("file", "add", tests[:4], "add", 1)) == Structure(True, True, True, True)
+    assert not structure(GOOD, Task("file", "add", tests, "add", 1)).arity_fits
+
+
 def test_what_does_not_parse_has_no_structure():
     assert structure(None, TASK) == structure("def add(:", TASK) == NO_STRUCTURE
     assert NO_STRUCTURE.score == 0.0

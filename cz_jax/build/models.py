@@ -1,7 +1,7 @@
 """Where a model comes from and where it goes: Hugging Face folders, folders of ours, random weights.
 
-A folder of ours holds `model/` (config, tokenizer: a Hugging Face folder without weights) and `checkpoints/` (orbax, with
-manifests). `cz-jax convert` makes one, and every run folder is one.
+A folder of ours holds `model/` (config, tokenizer: a Hugging Face folder without weights) and `checkpoints/` (orbax,
+with manifests). `cz-jax convert` makes one, and every run folder is one.
 """
 
 import json
@@ -33,7 +33,8 @@ RANDOM = "random:"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in memory. `texts`: the folder of its config and tokenizer; `digest()`: of its weights, computed when asked."""
+    """A model in memory. `texts`: the folder of its config and tokenizer; `digest()`: of its weights, computed when
+    asked."""
 
     name: str
     arch: Arch
@@ -133,7 +134,9 @@ def convert_model(hf_dir: str, out: pathlib.Path, dtype: str | None) -> dict:
     """A Hugging Face folder or hub id as a folder of ours; `dtype` None keeps the folder's own."""
     out = pathlib.Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelFolderError(f"{out} exists and is not an empty folder", "an earlier conversion?", "name a new folder")
+        raise ModelFolderError(
+            f"{out} exists and is not an empty folder", "an earlier conversion?", "name a new folder"
+        )
     mesh = parallel.make_mesh(1, -1, 1)
     if dtype is None:
         dtype = "float32" if check_folder(locate(hf_dir)).dtype == "F32" else "bfloat16"
@@ -148,7 +151,9 @@ def export_run(run: pathlib.Path, out: pathlib.Path) -> dict:
     """A run, or any folder of ours, as a Hugging Face folder with a model card."""
     run, out = pathlib.Path(run), pathlib.Path(out)
     if not ((run / MODEL).is_dir() and (run / CHECKPOINTS).is_dir()):
-        raise ModelFolderError(f"{run} is no run folder", f"it has no {MODEL}/ and {CHECKPOINTS}/", "cz-jax export runs/demo OUT")
+        raise ModelFolderError(
+            f"{run} is no run folder", f"it has no {MODEL}/ and {CHECKPOINTS}/", "cz-jax export runs/demo OUT"
+        )
     mesh = parallel.make_mesh(1, -1, 1)
     arch = arch_from_folder(run / MODEL)
     params = _saved_params(run, arch, mesh)
@@ -168,7 +173,11 @@ def _card(run: pathlib.Path, name: str, config: Config | None, number: int, host
     base = config.solver.model if config is not None else host.get("source", "unknown")
     summary = RunLedger(run).read_summary() or {}
     scores = {
-        when: {f"{kind}@{score['k']}": score["value"] for kind in ("avg", "pass") if (score := summary.get(f"{kind}_at_k_{when}"))}
+        when: {
+            f"{kind}@{score['k']}": score["value"]
+            for kind in ("avg", "pass")
+            if (score := summary.get(f"{kind}_at_k_{when}"))
+        }
         for when in ("before", "after")
     }
     return model_card(
@@ -178,7 +187,11 @@ def _card(run: pathlib.Path, name: str, config: Config | None, number: int, host
         rounds=number,
         config_digest=config.digest if config is not None else "none",
         data_sources=[_source_name(s) for s in config.tasks.sources] if config is not None else [],
-        datasets=[hub for s, hub in _HUB_DATA.items() if config is not None and any(x.startswith(s) for x in config.tasks.sources)],
+        datasets=[
+            hub
+            for s, hub in _HUB_DATA.items()
+            if config is not None and any(x.startswith(s) for x in config.tasks.sources)
+        ],
         scores={when: row for when, row in scores.items() if row},
         versions={p: version(p) for p in ("cz-jax", "jax", "flax", "optax", "transformers")},
         license=license_of(run / MODEL),

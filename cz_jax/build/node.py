@@ -1,4 +1,5 @@
-"""A Config becomes a Node: every role with its model, the task stream, the learner, and what a checkpoint keeps of them."""
+"""A Config becomes a Node: every role with its model, the task stream, the learner, and what a checkpoint keeps of
+them."""
 
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from cz_jax.errors import ModelFolderError
 from cz_jax.loop import Node, Position
 from cz_jax.models import lora
 from cz_jax.models.spec import tree_of
+from cz_jax.nouns import Rollout
 from cz_jax.rng import seed_for
 from cz_jax.roles.evaluator import ModelEvaluator
 from cz_jax.roles.learner import GrpoLearner
@@ -99,7 +101,9 @@ def build(config: Config, say) -> Built:
     evaluator = ModelEvaluator(judge.engine(mesh, e.dtype, seats), e, config.run.seed)
     proposer = None
     if p.model not in (None, "none"):
-        proposer = ModelProposer(pool.get(p.model, p.revision, p.dtype).engine(mesh, p.dtype, seats), p, config.run.seed)
+        proposer = ModelProposer(
+            pool.get(p.model, p.revision, p.dtype).engine(mesh, p.dtype, seats), p, config.run.seed
+        )
     solver, learner = build_solver(config, base, mesh)
     stream = MixedStream(
         [loaded.tasks for loaded in sources.values()],
@@ -120,7 +124,8 @@ def build_solver(config: Config, base: Loaded, mesh) -> tuple[ModelSolver, GrpoL
     arch, rule = base.arch, sharding_rule(base.arch, mesh)
     if base.arch.max_context < config.sampling.max_new_tokens + 1:
         raise ModelFolderError(
-            f"sampling.max_new_tokens={config.sampling.max_new_tokens} exceeds the context of {base.name}, {arch.max_context}"
+            f"sampling.max_new_tokens={config.sampling.max_new_tokens} does not fit the context of {base.name}, which "
+            f"is {arch.max_context}"
         )
     if config.lora.rank:
         table = lora.lora_weights(arch, config.lora.rank, config.lora.targets)
@@ -138,11 +143,13 @@ def build_solver(config: Config, base: Loaded, mesh) -> tuple[ModelSolver, GrpoL
         engine, config.sampling, config.round.group_size, config.run.seed, config.run.peer or "solver",
         lambda: learner.policy_digest(),
     )  # fmt: skip
-    learner = GrpoLearner(
-        arch, params, config, mesh, solver.prompt_tokens,
-        lambda r: [*base.tokenizer.encode(r.text), *base.tokenizer.eos_ids[: int(r.ended)]][: config.sampling.max_new_tokens],
-        shardings, base.params if config.grpo.kl > 0 else None,
-    )  # fmt: skip
+
+    def encode_answer(rollout: Rollout) -> list[int]:
+        tokens = [*base.tokenizer.encode(rollout.text), *base.tokenizer.eos_ids[: int(rollout.ended)]]
+        return tokens[: config.sampling.max_new_tokens]
+
+    reference = base.params if config.grpo.kl > 0 else None
+    learner = GrpoLearner(arch, params, config, mesh, solver.prompt_tokens, encode_answer, shardings, reference)
     return solver, learner
 
 

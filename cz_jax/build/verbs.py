@@ -38,14 +38,16 @@ def quiet(event: str, **fields) -> None:
 def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> dict:
     """Plays the rounds of `config` in the run folder `out` and returns its summary.
 
-    The folder gets config.toml, model/, checkpoints/, metrics.jsonl, rounds/, evaluations.json, export/ and summary.json.
-    With `resume` the run in the folder goes on exactly where its newest whole checkpoint stands. UserError for bad input.
-    KeyboardInterrupt is passed on after saving the last finished round.
+    The folder gets config.toml, model/, checkpoints/, metrics.jsonl, rounds/, evaluations.json, export/ and
+    summary.json. With `resume` the run in the folder goes on exactly where its newest whole checkpoint stands.
+    UserError for bad input. KeyboardInterrupt is passed on after saving the last finished round.
     """
     out = pathlib.Path(out)
     _check_folder(out, resume)
     started = time.perf_counter()
-    with Checkpoints(out / CHECKPOINTS, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best) as checkpoints:
+    with Checkpoints(
+        out / CHECKPOINTS, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
+    ) as checkpoints:
         built = build(config, say)
         ledger = RunLedger(out)
         keeper = Keeper(built, ledger, checkpoints)
@@ -94,8 +96,8 @@ class Keeper:
         return self._last is not None and not any(a.is_deleted() for a in jax.tree.leaves(self._last[3]))
 
     def save_interrupted(self) -> None:
-        """Saves the last finished round where an update has not yet taken its parameters apart; otherwise the checkpoint
-        before it continues the run just as exactly."""
+        """Saves the last finished round where an update has not yet taken its parameters apart; otherwise the
+        checkpoint before it continues the run just as exactly."""
         if self._last is not None and self._last[0] != self.saved and self.is_whole():
             self.save()
             self._checkpoints.wait()
@@ -137,7 +139,9 @@ def _resume(built: Built, checkpoints: Checkpoints, ledger: RunLedger, out: path
             f"cz-jax train {out / CONFIG} --out {out} --resume",
         )
     if host["base_digest"] != built.base_digest:
-        raise CheckpointError(f"{config.solver.model} is not the model that {out} began with", "its weights were replaced")
+        raise CheckpointError(
+            f"{config.solver.model} is not the model that {out} began with", "its weights were replaced"
+        )
     built.learner.restore(state)
     ledger.truncate_after(number)
     return built.restore(number, host)
@@ -151,7 +155,9 @@ def _may_change(key: str, config: Config) -> bool:
 
 def _evaluate(built: Built, say) -> dict:
     config = built.node.config
-    return evaluate(built.solver, built.evaluator, built.held_out, config.eval.k, config.evaluator.max_failed_share, say)
+    return evaluate(
+        built.solver, built.evaluator, built.held_out, config.eval.k, config.evaluator.max_failed_share, say
+    )
 
 
 def _write_evaluations(out: pathlib.Path, evaluations: dict) -> None:
@@ -213,7 +219,9 @@ def demo(out=None, rounds: int | None = None, nodes: int | None = None, say: Cal
     """The whole loop on the embedded tiny model and the built-in tasks, on this machine's CPU; a new folder under runs/
     unless `out` names one."""
     if nodes not in (None, 1):
-        raise ConfigError(f"--nodes {nodes}: the demo plays one node", "several nodes need a relay", "cz-jax demo --nodes 1")
+        raise ConfigError(
+            f"--nodes {nodes}: the demo plays one node", "several nodes need a relay", "cz-jax demo --nodes 1"
+        )
     config = from_dict(DEMO | ({"run": {"rounds": rounds}} if rounds else {}))
     out = pathlib.Path(out) if out is not None else pathlib.Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     return train(config, out, False, say)
@@ -260,7 +268,11 @@ def judge_model(
         say("phase", name=f"judging answer {start + 1} of {len(labelled)}")
         verdicts += evaluator.judge_pairs([(t, code) for t, code, _ in labelled[start : start + PAIRS_AT_ONCE]])
     failed = sum(v.outcome is Outcome.FAILED for v in verdicts)
-    decided = [(v.probability, label) for v, (_, _, label) in zip(verdicts, labelled, strict=True) if v.outcome is not Outcome.FAILED]
+    decided = [
+        (v.probability, label)
+        for v, (_, _, label) in zip(verdicts, labelled, strict=True)
+        if v.outcome is not Outcome.FAILED
+    ]
     if not decided:
         raise TaskError(f"every verdict of {model} failed: {verdicts[0].detail}", "a broken model")
     quality = judge_quality([p for p, _ in decided], [label for _, label in decided], e.threshold)
@@ -283,7 +295,11 @@ def read_pairs(path: pathlib.Path, limit: int | None) -> list[tuple[Task, str, b
             if not all(isinstance(t, str) for t in (task.question, *task.tests, row["solution"])):
                 raise ValueError("a field that should be text is not")
         except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise TaskError(f"{path} line {number} is no labelled answer: {e!r}", "", "one JSON object a line with prompt, entry_point, test_list, solution, label") from None
+            raise TaskError(
+                f"{path} line {number} is no labelled answer: {e!r}",
+                "",
+                "one JSON object a line with prompt, entry_point, test_list, solution, label",
+            ) from None
     if not rows:
         raise TaskError(f"{path} holds no labelled answers")
     return rows

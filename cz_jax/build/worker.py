@@ -19,8 +19,9 @@ class _Stopped(Exception):
 def run_interruptibly(work: Callable[[Callable], object], say: Callable, is_whole: Callable[[], bool]):
     """`work(say)` in a thread; its result, or what it raised.
 
-    On KeyboardInterrupt (SIGTERM too, in the main thread) the work stops at its next report, and the interrupt is passed
-    on at once where `is_whole()`, otherwise after a few seconds of grace. The thread may still be computing then.
+    On KeyboardInterrupt (SIGTERM too, in the main thread) the work stops at its next report, and the interrupt is
+    passed on at once where `is_whole()`, otherwise after a few seconds of grace. The thread may still be computing
+    then.
     """
     stop, outcome = threading.Event(), {}
 

@@ -147,9 +147,7 @@ class Checkpoints:
         """The dtype of each array of the newest whole step, by its path. CheckpointError if no step is whole."""
         return {spec.name: spec.dtype for spec in self._open(None)[1]}
 
-    def restore(
-        self, target=None, round_number: int | None = None, partial: bool = False
-    ) -> tuple[int, object, dict]:
+    def restore(self, target=None, round_number: int | None = None, partial: bool = False) -> tuple[int, object, dict]:
         """(round number, arrays, host dict) of the newest whole step, or of `round_number`.
 
         target: a pytree of jax.ShapeDtypeStruct or jax.Array; each array comes back with the sharding of its leaf
@@ -191,7 +189,9 @@ class Checkpoints:
         wanted = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or here) for n, a in named.items()}
         how = ocp.checkpoint_utils.construct_restore_args(wanted)
         try:
-            return self._orbax.restore(path, args=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=partial))
+            return self._orbax.restore(
+                path, args=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=partial)
+            )
         except WRITE_ERRORS as e:
             raise CheckpointError(f"checkpoint {path.parent} cannot be read: {e}") from e
 

@@ -38,7 +38,16 @@ def chunked_logprobs(hidden_PGTD, head_DV, targets_PGT, *, chunk: int, temperatu
 
 
 def completion_logprobs(
-    arch: Arch, params, prompts_PT, prompt_lengths_P, completions_PGT, *, dtype, remat: bool, chunk: int, temperature: float
+    arch: Arch,
+    params,
+    prompts_PT,
+    prompt_lengths_P,
+    completions_PGT,
+    *,
+    dtype,
+    remat: bool,
+    chunk: int,
+    temperature: float,
 ):
     """(log-probabilities, entropies), float32 [P, G, T], of completions behind right-padded prompts; each prompt is
     computed once for its G completions. What stands in a completion's padding is read too: mask it."""

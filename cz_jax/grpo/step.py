@@ -63,7 +63,8 @@ def _micro_logprobs(options: StepOptions, params, micro: Batch):
 
 @partial(jax.jit, static_argnames=("options",))
 def batch_logprobs(options: StepOptions, params: dict, batch: Batch) -> jax.Array:
-    """float32 [M, P, G, T]: log-probabilities of the batch's completions under `params` (the whole tree), no gradient."""
+    """float32 [M, P, G, T]: log-probabilities of the batch's completions under `params` (the whole tree), no
+    gradient."""
     return jax.lax.map(lambda micro: _micro_logprobs(options, params, micro)[0], batch)
 
 
@@ -74,7 +75,15 @@ def loss_and_gradients(options: StepOptions, trainable: dict, frozen: dict, batc
     def micro_loss(trainable, micro: Batch):
         new, entropy = _micro_logprobs(options, join(trainable, frozen), micro)
         loss, sums = grpo_loss(
-            new, micro.old, micro.behaviour, micro.reference, micro.advantages, micro.mask, over, options.loss, micro.own
+            new,
+            micro.old,
+            micro.behaviour,
+            micro.reference,
+            micro.advantages,
+            micro.mask,
+            over,
+            options.loss,
+            micro.own,
         )
         return loss, (sums, jnp.where(micro.mask, entropy, 0.0).sum())
 

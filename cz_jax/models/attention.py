@@ -1,6 +1,7 @@
 """Attention in plain jax.numpy: softmax in float32, grouped query heads.
 
-Legend: B rows, P prompts, G rows of a prompt, T queries, S keys, N query heads, K key/value heads, R = N / K, H head size.
+Legend: B rows, P prompts, G rows of a prompt, T queries, S keys, N query heads, K key/value heads, R = N / K, H head
+size.
 """
 
 import jax
@@ -22,8 +23,8 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_TS: jax
 def attend_shared(q_PGTNH: jax.Array, prefix, own) -> jax.Array:
     """Attention of G rows of each prompt over the prompt's keys and, behind them, each row's own keys: one softmax.
 
-    prefix: (k, v [P, S, K, H], mask [P, S]); own: (k, v [P, G, S', K, H], mask broadcastable to [P, G, T, S']). The prefix is
-    read once for all G rows: they are folded into the query axis.
+    prefix: (k, v [P, S, K, H], mask [P, S]); own: (k, v [P, G, S', K, H], mask broadcastable to [P, G, T, S']). The
+    prefix is read once for all G rows: they are folded into the query axis.
     """
     p, g, t, n, h = q_PGTNH.shape
     kp, vp, prefix_mask = prefix

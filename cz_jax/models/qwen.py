@@ -9,8 +9,8 @@ Three ways through the model:
   `prefill`         prompts alone, keeping keys and values
   `decode`          one token for each of P x G rows over the prompt's cache and their own
 
-Legend: P prompts, G rows of a prompt, T tokens (Tp prompt, Ts suffix), D hidden, V vocabulary, N query heads, K key/value
-heads, H head size, L layers.
+Legend: P prompts, G rows of a prompt, T tokens (Tp prompt, Ts suffix), D hidden, V vocabulary, N query heads, K
+key/value heads, H head size, L layers.
 """
 
 from typing import NamedTuple
@@ -65,11 +65,10 @@ class Block(nnx.Module):
             setattr(self, name, Linear(leaves[name]))
 
     def __call__(self, x, rope, attend_fn, cache):
-        """x [..., D] -> (x [..., D], what `attend_fn(q [..., N, H], k, v [..., K, H], cache)` returns beside its output)."""
+        """x [..., D] -> (x [..., D], what `attend_fn(q [..., N, H], k, v [..., K, H], cache)` returns beside its
+        output)."""
         y = self.attn_norm(x)
-        q, k, v = (
-            f(y).reshape(*y.shape[:-1], -1, self.arch.head_dim) for f in (self.q, self.k, self.v)
-        )
+        q, k, v = (f(y).reshape(*y.shape[:-1], -1, self.arch.head_dim) for f in (self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out, cache = attend_fn(rotate(q, rope), rotate(k, rope), v, cache)
@@ -92,8 +91,8 @@ class Qwen(nnx.Module):
         return constrain_batch(jnp.take(self.embed[...], tokens, axis=0, mode="clip").astype(dtype))
 
     def run(self, x, positions, attend_fn, caches=None, remat: bool = False):
-        """All layers and the final norm. `caches`: per layer (leading L, or a tuple of L), handed to `attend_fn`; what it
-        returns comes back in the same form. Stacked layers are scanned, a tuple of layers is unrolled."""
+        """All layers and the final norm. `caches`: per layer (leading L, or a tuple of L), handed to `attend_fn`; what
+        it returns comes back in the same form. Stacked layers are scanned, a tuple of layers is unrolled."""
         rope = rope_tables(positions, self.arch)
 
         def layer(x, leaves_cache):
@@ -143,8 +142,9 @@ def shared_forward(
 ):
     """Final hidden states of prompts (right-padded, int [P, Tp]) and of their suffixes (int [P, G, Ts]).
 
-    Every prompt is computed once; a suffix token sees its prompt and the earlier tokens of its own suffix, never another
-    row. Padding behind a suffix is never seen by what stands before it. Returns (prompt [P, Tp, D], suffix [P, G, Ts, D]).
+    Every prompt is computed once; a suffix token sees its prompt and the earlier tokens of its own suffix, never
+    another row. Padding behind a suffix is never seen by what stands before it. Returns (prompt [P, Tp, D], suffix [P,
+    G, Ts, D]).
     """
     (p, tp), (_, g, ts) = prompts_PT.shape, suffixes_PGT.shape
     model = Qwen(arch, params)
@@ -168,7 +168,8 @@ def shared_forward(
 
 
 def predicting_hidden(prompt_PTD, prompt_lengths_P, suffix_PGTD):
-    """[P, G, Ts, D]: for each suffix token the hidden state that predicts it: the prompt's last real one for the first."""
+    """[P, G, Ts, D]: for each suffix token the hidden state that predicts it: the prompt's last real one for the
+    first."""
     g = suffix_PGTD.shape[1]
     last = jnp.take_along_axis(prompt_PTD, (prompt_lengths_P - 1)[:, None, None], axis=1)  # P 1 D
     first = jnp.broadcast_to(last[:, None], (last.shape[0], g, 1, last.shape[-1]))
@@ -198,7 +199,8 @@ def prefill(arch: Arch, params: dict, prompts_PT, prompt_lengths_P, dtype=jnp.fl
 
 
 def unstacked(arch: Arch, params: dict) -> dict:
-    """`params` with a tuple of L layers, the form that `decode` takes: the slices are made once, outside of its loop."""
+    """`params` with a tuple of L layers, the form that `decode` takes: the slices are made once, outside of its
+    loop."""
     layers = tuple(jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(arch.layers))
     return {**params, "layers": layers}
 
@@ -240,7 +242,9 @@ def random_params(arch: Arch, seed: int, dtype=jnp.float32, sharding_of=None) ->
         def leaf(w):
             if w.init in fill:
                 return fill[w.init](w.shape, dtype)
-            return (0.02 * jax.random.normal(jax.random.fold_in(key, table.index(w)), w.shape, jnp.float32)).astype(dtype)
+            return (0.02 * jax.random.normal(jax.random.fold_in(key, table.index(w)), w.shape, jnp.float32)).astype(
+                dtype
+            )
 
         return tree_of(table, leaf)
 

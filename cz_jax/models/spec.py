@@ -70,7 +70,12 @@ def arch_from_config(config: dict) -> Arch:
 
     def number(name, default=None, kind=int):
         value = config.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value or not 0 < value < 1 << 40:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or kind(value) != value
+            or not 0 < value < 1 << 40
+        ):
             raise ModelFolderError(f"config.json: {name} is {value!r}, not a positive {kind.__name__}")
         return kind(value)
 
@@ -165,7 +170,9 @@ def weights(arch: Arch) -> tuple[Weight, ...]:
     table = [Weight(("embed",), (arch.vocab_size, d), ("vocab", "embed"), "model.embed_tokens.weight")]
 
     def layer(name, shape, axes, hf, **more):
-        table.append(Weight(("layers", *name), (arch.layers, *shape), ("layer", *axes), f"model.layers.{{}}.{hf}", **more))
+        table.append(
+            Weight(("layers", *name), (arch.layers, *shape), ("layer", *axes), f"model.layers.{{}}.{hf}", **more)
+        )
 
     layer(("attn_norm",), (d,), (None,), "input_layernorm.weight", init="ones")
     for name, shape, axes in (("q", (d, n), ("embed", "heads")), ("k", (d, k), ("embed", "kv_heads")),

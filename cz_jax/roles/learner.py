@@ -22,10 +22,10 @@ from cz_jax.rng import seed_for
 class GrpoLearner:
     """Implements `ports.Learner`; owns the train state.
 
-    `params`: the solver's whole tree (low-rank pairs included, where they are trained); what is trainable moves into the
-    state and is donated at every step. `encode_prompt` gives the very tokens that the sampler was given; `encode_answer`
-    a peer's text in our own tokens. `shardings`: of the trainable leaves. `reference`: the whole tree that the KL term
-    holds on to, needed where grpo.kl > 0.
+    `params`: the solver's whole tree (low-rank pairs included, where they are trained); what is trainable moves into
+    the state and is donated at every step. `encode_prompt` gives the very tokens that the sampler was given;
+    `encode_answer` a peer's text in our own tokens. `shardings`: of the trainable leaves. `reference`: the whole tree
+    that the KL term holds on to, needed where grpo.kl > 0.
     """
 
     def __init__(
@@ -114,8 +114,8 @@ class GrpoLearner:
         return Row(self._encode_prompt(group.task), [self._encode_answer(r) for r in group.rollouts], a)
 
     def _complete(self, batch: Batch) -> Batch:
-        """The batch with what its loss needs beside the batch itself: old log-probabilities where several updates are made
-        of it, and those of the reference where the KL term is on. One update and no KL term need neither pass."""
+        """The batch with what its loss needs beside the batch itself: old log-probabilities where several updates are
+        made of it, and those of the reference where the KL term is on. One update and no KL term need neither pass."""
         old = reference = None
         if self._config.grpo.updates > 1:
             old = batch_logprobs(self._options, self.params(), batch)

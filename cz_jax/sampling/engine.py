@@ -20,8 +20,8 @@ from cz_jax.sampling.generate import choice_probabilities, generate
 @dataclass
 class Engine:
     """`params` is called for every use, so that a solver's engine sees its newest weights. `tokenizer`: encode_chat,
-    encode, decode, eos_ids, pad_id (see convert.tokenizer). `max_sequences`: rows decoded side by side; `max_tokens`: tokens of
-    one judging batch."""
+    encode, decode, eos_ids, pad_id (see convert.tokenizer). `max_sequences`: rows decoded side by side; `max_tokens`:
+    tokens of one judging batch."""
 
     name: str
     arch: Arch
@@ -49,25 +49,28 @@ class Engine:
         """See ports.LanguageModel. ValueError where prompt and completion exceed the context."""
         longest = max((len(p) for p in prompts), default=0) + max_new_tokens
         if longest > self.max_context or not all(prompts):
-            raise ValueError(f"prompts must hold 1 to {self.max_context - max_new_tokens} tokens, the longest makes {longest}")
+            raise ValueError(
+                f"prompts must hold 1 to {self.max_context - max_new_tokens} tokens, the longest makes {longest}"
+            )
         out: list[list[Sample]] = [[] for _ in prompts]
-        for call, (length, group) in self._calls([len(p) for p in prompts], [len(s) for s in seeds]):
-            completions = self._generate([prompts[i] for i in call], [seeds[i] for i in call], length, group, max_new_tokens, method)
-            for i, rows in zip(call, completions, strict=True):
-                out[i] = rows
+        for call in self._calls([len(p) for p in prompts], [len(s) for s in seeds]):
+            rows = self._generate([prompts[i] for i in call], [seeds[i] for i in call], max_new_tokens, method)
+            for i, samples in zip(call, rows, strict=True):
+                out[i] = samples
         return out
 
     def _calls(self, lengths: Sequence[int], groups: Sequence[int]):
-        """(indices, (padded length, group size)) of calls of at most `max_sequences` rows, prompts of one rung together."""
-        shape = [(shapes.rung(n), g) for n, g in zip(lengths, groups, strict=True)]
-        order = sorted(range(len(shape)), key=shape.__getitem__)
-        for key, same in groupby(order, key=shape.__getitem__):
+        """Indices of calls of at most `max_sequences` rows. Prompts of like length go together; a step of decoding
+        reads all weights however few rows it has, so a call is filled before it is kept short."""
+        order = sorted(range(len(lengths)), key=lambda i: (groups[i], lengths[i]))
+        for group, same in groupby(order, key=lambda i: groups[i]):
             same = list(same)
-            step = max(1, self.max_sequences // max(1, key[1]))
+            step = max(1, self.max_sequences // max(1, group))
             for start in range(0, len(same), step):
-                yield same[start : start + step], key
+                yield same[start : start + step]
 
-    def _generate(self, prompts, seeds, length, group, max_new_tokens, method):
+    def _generate(self, prompts, seeds, max_new_tokens, method):
+        length, group = shapes.rung(max(map(len, prompts))), len(seeds[0])
         count = shapes.rows(len(prompts), parallel.batch_devices(self.mesh))
         tokens, lengths = pad(prompts, count, length, self.tokenizer.pad_id)
         all_seeds = np.zeros((count, group), np.uint64)
@@ -103,7 +106,11 @@ class Engine:
             step = max(1, self.max_tokens // (key[0] + key[1] * key[2]))
             for start in range(0, len(same), step):
                 call = same[start : start + step]
-                for i, rows in zip(call, self._choose([prompts[i][0][: split[i]] for i in call], [suffixes[i] for i in call], key, choices), strict=True):
+                for i, rows in zip(
+                    call,
+                    self._choose([prompts[i][0][: split[i]] for i in call], [suffixes[i] for i in call], key, choices),
+                    strict=True,
+                ):
                     out[i] = rows
         return out
 

@@ -30,9 +30,9 @@ def generate(
     arch: Arch, params, prompts_PT, lengths_P, keys_PG2, active_PG, stop_ids_S,
     *, max_new_tokens: int, method: SamplingMethod, dtype=jnp.float32,
 ) -> Completions:  # fmt: skip
-    """G completions of each right-padded prompt (int32 [P, Tp]) from one prefill; stops when every active row has sampled
-    one of `stop_ids_S` or C tokens. `keys_PG2` (uint32): the key of each row; position c of a row draws from it and c
-    alone."""
+    """G completions of each right-padded prompt (int32 [P, Tp]) from one prefill; stops when every active row has
+    sampled one of `stop_ids_S` or C tokens. `keys_PG2` (uint32): the key of each row; position c of a row draws from it
+    and c alone."""
     p, g = active_PG.shape
     head = qwen.head_matrix(arch, params)
     keys = keys_PG2.reshape(p * g, 2)
@@ -79,9 +79,11 @@ def generate(
 
 
 @partial(jax.jit, static_argnames=("arch", "dtype"))
-def choice_probabilities(arch: Arch, params, prompts_PT, lengths_P, suffixes_PGT, suffix_lengths_PG, choices_S, *, dtype):
-    """float32 [P, G, S]: P(next token = choices[s]) behind suffix (p, g), which itself stands behind prompt p. Every suffix
-    has at least one token. NaN where a logit is not finite."""
+def choice_probabilities(
+    arch: Arch, params, prompts_PT, lengths_P, suffixes_PGT, suffix_lengths_PG, choices_S, *, dtype
+):
+    """float32 [P, G, S]: P(next token = choices[s]) behind suffix (p, g), which itself stands behind prompt p. Every
+    suffix has at least one token. NaN where a logit is not finite."""
     p, g, _ = suffixes_PGT.shape
     _, hidden = qwen.shared_forward(arch, params, prompts_PT, lengths_P, suffixes_PGT, dtype)
     last = jnp.take_along_axis(hidden, (suffix_lengths_PG - 1)[:, :, None, None], axis=2).reshape(p * g, -1)

@@ -49,8 +49,8 @@ def nucleus(mass_RV: jax.Array, top_p: float) -> jax.Array:
 
 
 def invert(mass_RV: jax.Array, uniform_R: jax.Array) -> jax.Array:
-    """The index at which the running sum of `mass` (not negative, any total) passes uniform * total; an entry of mass 0 is
-    never drawn. In two levels, so that running sums are over about sqrt(V) numbers twice."""
+    """The index at which the running sum of `mass` (not negative, any total) passes uniform * total; an entry of mass 0
+    is never drawn. In two levels, so that running sums are over about sqrt(V) numbers twice."""
     r, v = mass_RV.shape
     width = max(1, int(v**0.5))
     blocks = jnp.pad(mass_RV, ((0, 0), (0, -v % width))).reshape(r, -1, width)
@@ -67,5 +67,7 @@ def _pass(mass_RN: jax.Array, target_R: jax.Array):
     n = mass_RN.shape[-1]
     last = n - 1 - jnp.argmax(mass_RN[:, ::-1] > 0, axis=-1)  # rounding may push the target to the total
     index = jnp.minimum((running <= target_R[:, None]).sum(-1), last)
-    before = jnp.take_along_axis(running, index[:, None], -1)[:, 0] - jnp.take_along_axis(mass_RN, index[:, None], -1)[:, 0]
+    before = (
+        jnp.take_along_axis(running, index[:, None], -1)[:, 0] - jnp.take_along_axis(mass_RN, index[:, None], -1)[:, 0]
+    )
     return index, jnp.maximum(target_R - before, 0.0)

@@ -116,7 +116,7 @@ def structure(code: str | None, task: Task) -> Structure:
 def tests_of(task: Task) -> list[ast.Module]:
     """The tests of a function task that parse, read up to `MAX_CODE` characters in all."""
     trees, length = [], 0
-    for test in task.tests:
+    for test in filter(lambda t: isinstance(t, str), task.tests):
         length += len(test)
         if length > MAX_CODE:
             break

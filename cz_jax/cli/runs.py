@@ -1,6 +1,9 @@
 """Commands that run rounds: demo, train."""
 
+import os
 import shlex
+import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +36,7 @@ def demo(
             show.complain(
                 "interrupted; start again with: cz-jax demo" + (f" --out {shlex.quote(str(out))}" if out else "")
             )
-            raise typer.Exit(130) from None
+            _leave()
     show.result(summary, as_json)
 
 
@@ -66,7 +69,7 @@ def train(
             summary = train(config=resolved, out=out, resume=resume, say=say)
         except KeyboardInterrupt:
             show.complain(_after_interrupt(config, settings, out))
-            raise typer.Exit(130) from None
+            _leave()
     show.result(summary, as_json)
 
 
@@ -77,3 +80,13 @@ def _after_interrupt(config: Path, settings, out: Path) -> str:
     words = ["cz-jax", "train", str(config), *settings, "--out", str(out), *(["--resume"] if saved else [])]
     told = "interrupted; go on with" if saved else "interrupted before anything was saved; begin again with"
     return f"{told}: {shlex.join(words)}"
+
+
+def _leave() -> None:
+    """Ends the command with status 130. A round that is still being computed in its thread would hold the interpreter
+    up, or crash it, at an ordinary exit."""
+    if any(t.name == "rounds" and t.is_alive() for t in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
+    raise typer.Exit(130)

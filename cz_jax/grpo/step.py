@@ -46,12 +46,11 @@ class StepOptions:
 
 def init_state(params: dict, optimizer: optax.GradientTransformation, shardings: dict | None = None) -> TrainState:
     """A fresh state around `params`; the optimizer's moments take the parameters' shardings."""
-    like = None
+    step, like = jnp.zeros((), jnp.int32), None
     if shardings is not None:
-        whole = jax.tree.leaves(shardings)[0]
-        whole = jax.sharding.NamedSharding(whole.mesh, jax.sharding.PartitionSpec())
-        like = optax.ScaleByAdamState(whole, shardings, shardings)
-    return TrainState(params, jax.jit(optimizer.init, out_shardings=like)(params), jnp.zeros((), jnp.int32))
+        whole = jax.sharding.NamedSharding(jax.tree.leaves(shardings)[0].mesh, jax.sharding.PartitionSpec())
+        step, like = jax.device_put(step, whole), optax.ScaleByAdamState(whole, shardings, shardings)
+    return TrainState(params, jax.jit(optimizer.init, out_shardings=like)(params), step)
 
 
 def _micro_logprobs(options: StepOptions, params, micro: Batch):

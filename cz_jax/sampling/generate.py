@@ -34,6 +34,7 @@ def generate(
     sampled one of `stop_ids_S` or C tokens. `keys_PG2` (uint32): the key of each row; position c of a row draws from it
     and c alone."""
     p, g = active_PG.shape
+    params = jax.tree.map(lambda w: w.astype(dtype), params)  # once, and not again at every step
     head = qwen.head_matrix(arch, params)
     keys = keys_PG2.reshape(p * g, 2)
 

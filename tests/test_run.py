@@ -331,3 +331,15 @@ def test_what_cannot_be_built_is_told_in_a_line_and_leaves_no_run(tmp_path, sett
         train(small(**settings), tmp_path / "run")
     assert "\n" not in str(e.value)
     assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_bench_needs_no_tokenizer_and_gives_the_keys_that_are_promised():
+    from golden_models import GOLDEN
+
+    from cz_jax.bench import bench
+
+    keys = {"seconds", "tokens_per_second", "compile_seconds", "peak_bytes", "flops", "matmul_peak_share"}
+    for what in ("rollout", "train", "judge"):
+        shape = {"prompts": 8, "group": 2, "prompt_tokens": 8, "new_tokens": 4}
+        got = bench(what, model=str(GOLDEN / "tiny_qwen2"), **shape)
+        assert keys <= set(got) and all(got[k] > 0 for k in keys - {"compile_seconds"})

@@ -9,6 +9,7 @@ import pathlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,13 @@ class Loaded:
     name: str
     arch: Arch
     params: dict
-    tokenizer: ChatTokenizer
     texts: pathlib.Path
     digest: Callable[[], str]
+
+    @cached_property
+    def tokenizer(self) -> ChatTokenizer:
+        """Loaded when it is first asked for: speed can be measured on a folder without one."""
+        return load_tokenizer(self.texts, self.arch)
 
     def engine(self, mesh, dtype: str, max_sequences: int, params: Callable[[], dict] | None = None) -> Engine:
         """The model in use; `params` overrides the loaded weights (a solver's change)."""
@@ -63,9 +68,8 @@ def load_model(model: str, revision: str | None, dtype: str, mesh) -> Loaded:
         return _ours(path, dtype, mesh)
     folder = locate(model, revision)
     facts = check_folder(folder)
-    tokenizer = load_tokenizer(folder, facts.arch)
     params = read_params(facts, facts.arch, dtype, sharding_rule(facts.arch, mesh))
-    return Loaded(model, facts.arch, params, tokenizer, folder, facts.digest)
+    return Loaded(model, facts.arch, params, folder, facts.digest)
 
 
 def _random(shape: str, dtype: str, mesh) -> Loaded:
@@ -74,8 +78,7 @@ def _random(shape: str, dtype: str, mesh) -> Loaded:
         raise ModelFolderError(f"random:{shape} is not a known shape", f"known: {', '.join(RANDOM_SHAPES)}")
     arch, texts = RANDOM_SHAPES[shape], locate("tiny")
     params = qwen.random_params(arch, 0, jnp.dtype(dtype), sharding_rule(arch, mesh))
-    tokenizer = load_tokenizer(texts, arch)
-    return Loaded(RANDOM + shape, arch, params, tokenizer, texts, lambda: parallel.tree_digest(params))
+    return Loaded(RANDOM + shape, arch, params, texts, lambda: parallel.tree_digest(params))
 
 
 def _ours(path: pathlib.Path, dtype: str, mesh) -> Loaded:
@@ -83,7 +86,7 @@ def _ours(path: pathlib.Path, dtype: str, mesh) -> Loaded:
     arch = arch_from_folder(texts)
     params = _saved_params(path, arch, mesh)
     params = jax.tree.map(lambda a: a.astype(dtype), params)
-    return Loaded(str(path), arch, params, load_tokenizer(texts, arch), texts, lambda: parallel.tree_digest(params))
+    return Loaded(str(path), arch, params, texts, lambda: parallel.tree_digest(params))
 
 
 def _saved_params(path: pathlib.Path, arch: Arch, mesh) -> dict:

@@ -7,6 +7,7 @@ name and no code ever stands in a config. `to_toml` writes the resolved form tha
 import difflib
 import math
 import pathlib
+import re
 import tomllib
 from typing import Annotated, Literal
 
@@ -169,6 +170,27 @@ class EvalConfig(Section):
     before_and_after: bool = True
 
 
+class ReportConfig(Section):
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # trackers beside metrics.jsonl
+
+
+class SwarmConfig(Section):
+    relay: str = ""  # HOST:PORT of a relay; empty: alone
+    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "default"  # the log that is shared
+    identity: str = ""  # a file of `cz-jax identity new`, or swarm.pem; empty: peer.key in the run folder
+    tls: bool = False
+    tls_ca: str = ""  # PEM file of the authority behind the relay's certificate; empty: the system's
+    insecure: bool = False  # plaintext to a relay beyond this machine
+    share_proposals: bool = True  # what an own proposer invents
+    propose_seconds: Annotated[float, Field(ge=0.0, le=86_400.0)] = 10.0  # between turns of `cz-jax propose`
+    per_peer: Annotated[int, Field(ge=1, le=256)] = 2  # external groups of one peer in one round
+    oversample: Annotated[int, Field(ge=1, le=16)] = 3  # times round.external_groups that are judged to choose from
+    max_age_seconds: Annotated[float, Field(gt=0.0)] = 900.0  # older messages are not used
+    fetch_seconds: Annotated[float, Field(gt=0.0, le=60.0)] = 5.0  # that a relay has to answer; then the round goes on
+    wait_seconds: Annotated[float, Field(ge=0.0, le=30.0)] = 0.0  # that a round waits for a first group of peers
+    buffer: Annotated[int, Field(ge=1, le=100_000)] = 256  # own messages kept while the relay is away
+
+
 class Config(Section):
     run: RunConfig = RunConfig()
     solver: SolverConfig = SolverConfig()
@@ -185,6 +207,8 @@ class Config(Section):
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    report: ReportConfig = ReportConfig()
+    swarm: SwarmConfig = SwarmConfig()
 
     @property
     def digest(self) -> str:
@@ -200,7 +224,7 @@ class Config(Section):
 
     def _broken_relations(self):
         r, lv, t = self.round, self.level, self.tasks
-        has_proposer = self.proposer.model not in (None, "none")
+        has_proposer = self.proposer.model not in (None, "none") or bool(self.swarm.relay)
         own = r.dataset_tasks + (r.proposed_tasks if has_proposer else 0)
         yield (
             own + r.external_groups == 0,
@@ -226,11 +250,29 @@ class Config(Section):
         zero = [a for a in ("data", "fsdp", "tensor") if getattr(self.mesh, a) == 0]
         yield len(wild) > 1, f"mesh.{' and mesh.'.join(wild)} are -1: only one axis can take the remaining devices"
         yield zero, f"mesh.{' and mesh.'.join(zero)} is 0: an axis has at least one device (-1: the remaining ones)"
+        sinks = self.report.sinks
+        yield len(set(sinks)) < len(sinks), f"report.sinks={list(sinks)} names one twice"
+        yield from self._broken_swarm()
         total = self.reward.structure + self.reward.format + self.reward.correctness
         yield (
             self.reward.preset == "cz" and total == 0,
             "reward.structure, format and correctness are all 0: nothing to learn",
         )
+
+    def _broken_swarm(self):
+        s = self.swarm
+        host, _, port = s.relay.rpartition(":")
+        yield (
+            s.relay and not (host and s.relay.isprintable() and re.fullmatch("[0-9]{1,5}", port) and int(port) < 65536),
+            f'swarm.relay={s.relay!r} is not HOST:PORT: for example swarm.relay="127.0.0.1:7443"',
+        )
+        near = host == "localhost" or host == "[::1]" or re.fullmatch(r"127(\.\d{1,3}){3}", host)
+        yield (
+            s.relay and not (near or s.tls or s.insecure),
+            f"swarm.relay={s.relay} is another machine, and without TLS everybody on the way can read along: "
+            "swarm.tls=true, or swarm.insecure=true to do without",
+        )
+        yield s.tls_ca and not s.tls, "swarm.tls_ca is set and swarm.tls is not: set swarm.tls=true"
 
 
 def load(path=None, overrides=()) -> Config:

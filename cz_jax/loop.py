@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from random import Random
 from statistics import fmean
 
 from cz_jax.config import Config
@@ -17,6 +18,7 @@ from cz_jax.errors import RunStopped
 from cz_jax.nouns import Group, Level, Outcome, Reward, Round, Task, Verdict
 from cz_jax.ports import Evaluator, Exchange, Learner, Proposals, Proposer, Solver, TaskStream
 from cz_jax.rewards import group_rewards, success
+from cz_jax.rng import seed_for
 
 Judged = tuple[Group, tuple[Verdict, ...], tuple[Reward, ...] | None]
 
@@ -68,31 +70,32 @@ def play_round(node: Node, position: Position, say: Callable) -> tuple[Round, Po
         own = node.solver.roll_out(tasks, number)
     with clock("share"):
         node.exchange.publish(own)
-        external = node.exchange.fetch(node.config.round.external_groups, number)
+        offered = node.exchange.fetch(node.config.round.external_groups, number)
     with clock("judge"):
-        groups = (*own, *external)
-        verdicts = node.evaluator.judge(groups, number)
-        stop_on_failures(verdicts, node.config.evaluator.max_failed_share)
-    rewards = tuple(group_rewards(g, v, node.config.reward) for g, v in zip(groups, verdicts, strict=True))
-    judged: list[Judged] = list(zip(groups, verdicts, rewards, strict=True))
+        verdicts = node.evaluator.judge((*own, *offered), number)
+        stop_on_failures(verdicts[: len(own)] or verdicts, node.config.evaluator.max_failed_share)
+    judged = [(g, v, group_rewards(g, v, node.config.reward)) for g, v in zip((*own, *offered), verdicts, strict=True)]
+    judged = judged[: len(own)] + choose(judged[len(own) :], node.config, number)
+    groups, verdicts, rewards = zip(*judged, strict=True) if judged else ((), (), ())
     after = adapt(level, outcomes_at(level.level, judged[: len(own)]), node.config.level)
     with clock("update"):
         usable = [(g, [x.total for x in r], i < len(own)) for i, (g, _, r) in enumerate(judged) if r is not None]
         learned = node.learner.update(*map(list, zip(*usable, strict=True))) if usable else {}
     measured = measure(judged, len(own), proposals, clock.seconds) | learned
+    shared = {"groups_external_judged": len(offered), "groups_external_used": len(judged) - len(own)}
     return Round(
         number=number,
         level_before=level.level,
         level_after=after.level,
         own=own,
-        external=external,
+        external=groups[len(own) :],
         verdicts=verdicts,
         rewards=rewards,
         trained=tuple(g.id for g, totals, _ in usable if len(set(totals)) > 1),
         policy_before=before,
         policy_after=node.learner.policy_digest(),
         config_digest=node.config.digest,
-        metrics={"level": after.level} | measured,
+        metrics={"level": after.level} | measured | shared,
     ), Position(number, after)
 
 
@@ -112,6 +115,14 @@ def pick(node: Node, level: Level, number: int) -> tuple[Proposals, tuple[Task, 
     proposals = node.proposer.propose(level, wanted, number) if wanted else Proposals((), 0, {})
     proposed = tuple(task for task in proposals.tasks if node.fits(task))
     return proposals, proposed + node.tasks.take(node.config.round.dataset_tasks + wanted - len(proposed))
+
+
+def choose(offered: Sequence[Judged], config: Config, number: int) -> list[Judged]:
+    """The external groups of the round, as SAPO takes them: without those whose answers all earn the same (or could not
+    be judged), round.external_groups of the others, each as likely as any other."""
+    telling = [(g, v, r) for g, v, r in offered if r is not None and len({x.total for x in r}) > 1]
+    most = min(len(telling), config.round.external_groups)
+    return Random(seed_for(config.run.seed, "choose external", number)).sample(telling, most)
 
 
 def stop_on_failures(verdicts: Sequence[Sequence[Verdict]], most: float) -> None:

@@ -21,7 +21,8 @@ from cz_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COMMANDS = [
-    *(["demo"], ["train"], ["eval"], ["judge"], ["convert"], ["export"], ["bench"], ["doctor"]),
+    *(["demo"], ["train"], ["propose"], ["relay"], ["eval"], ["judge"], ["convert"], ["export"], ["bench"]),
+    *(["plan"], ["report"], ["doctor"]),
     *(["identity"], ["identity", "new"], ["identity", "show"], ["config"], ["config", "show"]),
 ]
 HEAVY = (
@@ -81,7 +82,22 @@ def config(tmp_path, monkeypatch):
 
 def test_the_table_of_commands():
     at = {name: sorted(getattr(c, "commands", {})) for name, c in command.commands.items()}
-    plain = ("demo", "train", "eval", "judge", "convert", "export", "bench", "doctor")
+    plain = (
+        *(
+            "demo",
+            "train",
+            "propose",
+            "relay",
+            "eval",
+            "judge",
+            "convert",
+            "export",
+            "bench",
+            "plan",
+            "report",
+            "doctor",
+        ),
+    )
     assert at == {**{name: [] for name in plain}, "identity": ["new", "show"], "config": ["show"]}
 
 
@@ -153,7 +169,7 @@ def test_version():
         (["judge", "--model", "tiny", "--pairs", "x", "--mode", "guess"], "guess"),
         (["demo", "--rounds", "-1"], "--rounds"),
         (["demo", "extra\x1b[31m\nword"], "\\x1b[31m"),
-        (["propose", "x.toml"], "No such command"),
+        (["propos", "x.toml"], "No such command"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
 )
@@ -199,7 +215,8 @@ def test_ctrl_c_in_training_prints_the_command_that_goes_on(build, capsys, confi
     words = ["train", config, "run.seed=4", "--out", "runs/a b"]
     assert main(words) == 130
     assert f"begin again with: cz-jax train {config} run.seed=4 --out 'runs/a b'\n" in capsys.readouterr().err
-    pathlib.Path("runs/a b/checkpoints/3").mkdir(parents=True)
+    pathlib.Path("runs/a b").mkdir(parents=True)
+    pathlib.Path("runs/a b/config.toml").write_text("[run]\n")
     assert main(words) == 130
     assert f"go on with: cz-jax train {config} run.seed=4 --out 'runs/a b' --resume\n" in capsys.readouterr().err
 
@@ -284,9 +301,10 @@ def test_plain_results(build, capsys):
 
 def test_a_reader_that_leaves_early_is_quiet(tmp_path):
     path = tmp_path / "c.toml"
-    path.write_text(f'[run]\npeer = "{"x" * 300000}"\n')
+    path.write_text("[run]\nseed = 5\n")
+    long = f"run.peer={'x' * 100_000}"  # more than a pipe holds
     main_call = f"{sys.executable} -c 'import sys; from cz_jax.cli.main import main; sys.exit(main())'"
-    for words in (f"config show {path}", f"config show {path} --json", "--help", "train --help"):
+    for words in (f"config show {path} {long}", f"config show {path} {long} --json", "--help", "train --help"):
         line = f"set -o pipefail; {main_call} {words} | head -c 1 >/dev/null"
         told = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, cwd=ROOT)
         assert (told.returncode, told.stderr) == (0, ""), words

@@ -136,7 +136,7 @@ def test_more_rounds_may_be_asked_for_but_not_under_a_falling_schedule(finished,
 
 
 def child(config_path, out, *more):
-    words = [sys.executable, "-c", "import sys; from cz_jax.cli.main import main; sys.exit(main())"]
+    words = [sys.executable, "-c", "from cz_jax.cli.main import program; program()"]
     words += ["train", str(config_path), "--out", str(out), *more]
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     return subprocess.Popen(
@@ -188,16 +188,40 @@ def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path, sent):
     path = tmp_path / "config.toml"
     path.write_text(to_toml(config))
     run = child(path, tmp_path / "run")
-    wait_until(lambda: len(lines(tmp_path / "run")) >= 2 or run.poll() is not None, 120)
+    read_until(run, "round 2/500")  # the third has just begun, so its update has not
+    interrupted(run, sent, resumes=True)
+    saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
+    assert max(saved) >= 2
+
+
+@pytest.mark.parametrize("stage, resumes", [("loading tiny", False), ("evaluating", True)])
+def test_ctrl_c_before_the_first_round(tmp_path, stage, resumes):
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(small()))
+    run = child(path, tmp_path / "run")
+    read_until(run, stage)
+    interrupted(run, signal.SIGINT, resumes)
+    assert (tmp_path / "run" / "config.toml").exists() == resumes
+    if resumes:
+        again = child(path, tmp_path / "run", "run.rounds=1", "eval.before_and_after=false", "--resume")
+        assert again.wait(200) == 0, again.stderr.read()
+
+
+def read_until(run, text):
+    for line in run.stderr:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} was never said")
+
+
+def interrupted(run, sent, resumes):
     begun = time.monotonic()
     run.send_signal(sent)
-    _, err = run.communicate(timeout=30)
-    assert time.monotonic() - begun < 8
+    _, err = run.communicate(timeout=60)
+    assert time.monotonic() - begun < 10
     assert run.returncode == 130, err
     last = err.strip().splitlines()[-1]
-    assert "interrupted" in last and "--resume" in last and "Traceback" not in err
-    saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
-    assert max(saved) >= 1  # more than the one that every run begins with
+    assert "interrupted" in last and ("--resume" in last) == resumes and "Traceback" not in err, err
 
 
 def test_two_trainers_on_one_folder(finished):
@@ -343,3 +367,47 @@ def test_bench_needs_no_tokenizer_and_gives_the_keys_that_are_promised():
         shape = {"prompts": 8, "group": 2, "prompt_tokens": 8, "new_tokens": 4}
         got = bench(what, model=str(GOLDEN / "tiny_qwen2"), **shape)
         assert keys <= set(got) and all(got[k] > 0 for k in keys - {"compile_seconds"})
+
+
+TOGETHER = """
+import json, os, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=" + sys.argv[5]
+from cz_jax.cli.main import main
+flags = ["--coordinator", sys.argv[2], "--processes", sys.argv[3], "--process", sys.argv[4]]
+flags = flags if sys.argv[3] != "1" else []
+sys.exit(main(["train", sys.argv[1], "--out", sys.argv[6], *flags, *sys.argv[7:]]))
+"""
+
+
+def together(config, out, processes, devices, *more):
+    """A run made by so many processes with so many devices each; what each said on stderr."""
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, config, address, str(processes), str(i), str(devices), str(out), *more],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(processes)
+    ]  # fmt: skip
+    said = [c.communicate(timeout=300)[1] for c in children]
+    assert [c.returncode for c in children] == [0] * processes, said
+    return said
+
+
+def test_two_processes_make_the_same_run_as_one(tmp_path):
+    config = small(run={"rounds": 3}, eval={"before_and_after": False}, mesh={"data": 2, "fsdp": -1})
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(config))
+    one, two = tmp_path / "one", tmp_path / "two"
+    together(path, one, 1, 4)
+    said = together(path, two, 2, 2, "run.rounds=2")
+    assert "round 2/2" in said[0] and "round" not in said[1]  # process 0 alone reports
+    together(path, two, 1, 4, "--resume")  # saved by two, continued by one
+    for a, b in zip(timeless(one), timeless(two), strict=True):
+        for key in ("reward", "loss", "gradient_norm", "entropy"):
+            assert a[key] == pytest.approx(b[key], abs=1e-5)
+        assert a["completion_tokens"] == b["completion_tokens"]

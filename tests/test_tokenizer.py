@@ -168,18 +168,25 @@ def refused(folder, *words):
         assert word in str(caught.value), caught.value
 
 
+def ids_of(folder):
+    """(endoftext, im_end, pad): of the embedded tokenizer, whose four chat tokens stand last."""
+    rows = arch_from_folder(folder).vocab_size
+    return rows - 4, rows - 2, rows - 1
+
+
 def test_eos_is_looked_for_in_three_places_and_refused_when_absent(tiny):
     def found():
         return load_tokenizer(tiny, arch_from_folder(tiny)).eos_ids
 
-    assert found() == (510, 508)
-    change(tiny / "generation_config.json", eos_token_id=508)
-    assert found() == (508,)
+    endoftext, im_end, _ = ids_of(tiny)
+    assert found() == (im_end, endoftext)
+    change(tiny / "generation_config.json", eos_token_id=endoftext)
+    assert found() == (endoftext,)
     (tiny / "generation_config.json").unlink()
-    assert found() == (510,)
+    assert found() == (im_end,)
     change(tiny / "config.json", eos_token_id=None)
     change(tiny / "tokenizer_config.json", eos_token="<|endoftext|>")
-    assert found() == (508,)
+    assert found() == (endoftext,)
     change(tiny / "tokenizer_config.json", eos_token=None)
     refused(tiny, "no EOS token", "generation_config.json")
     change(tiny / "config.json", eos_token_id=[])
@@ -190,23 +197,25 @@ def test_eos_is_looked_for_in_three_places_and_refused_when_absent(tiny):
 
 
 def test_pad_falls_back_to_eos(tiny):
+    _, im_end, pad = ids_of(tiny)
     (tiny / "generation_config.json").unlink()
-    assert load_tokenizer(tiny, arch_from_folder(tiny)).pad_id == 511
+    assert load_tokenizer(tiny, arch_from_folder(tiny)).pad_id == pad
     change(tiny / "tokenizer_config.json", pad_token=None)
-    assert load_tokenizer(tiny, arch_from_folder(tiny)).pad_id == 510
-    (tiny / "generation_config.json").write_text('{"pad_token_id": 512}')
-    refused(tiny, "pad_token_id is 512")
+    assert load_tokenizer(tiny, arch_from_folder(tiny)).pad_id == im_end
+    (tiny / "generation_config.json").write_text(json.dumps({"pad_token_id": pad + 1}))
+    refused(tiny, f"pad_token_id is {pad + 1}")
 
 
 def test_a_tokenizer_of_another_model(tiny):
-    change(tiny / "config.json", vocab_size=511)
-    refused(tiny, "ids up to 511", "rows for 511", "another model")
-    change(tiny / "config.json", vocab_size=512)
-    change(tiny / "generation_config.json", eos_token_id=[510, 2])
+    _, im_end, pad = ids_of(tiny)
+    change(tiny / "config.json", vocab_size=pad)
+    refused(tiny, f"ids up to {pad}", f"rows for {pad}", "another model")
+    change(tiny / "config.json", vocab_size=pad + 1)
+    change(tiny / "generation_config.json", eos_token_id=[im_end, 2])
     refused(tiny, "EOS id 2 is the ordinary token", "another model")
-    change(tiny / "config.json", vocab_size=1000)
-    change(tiny / "generation_config.json", eos_token_id=999)
-    refused(tiny, "EOS id 999 is unknown")
+    change(tiny / "config.json", vocab_size=2 * pad)
+    change(tiny / "generation_config.json", eos_token_id=2 * pad - 1)
+    refused(tiny, f"EOS id {2 * pad - 1} is unknown")
 
 
 def test_incomplete_or_unsafe_tokenizer_folders(tiny):

@@ -1,6 +1,9 @@
 """A Config becomes a Node: every role with its model, the task stream, the learner, and what a checkpoint keeps of
 them."""
 
+import dataclasses
+import pathlib
+from collections import Counter
 from dataclasses import dataclass
 
 import jax
@@ -8,6 +11,7 @@ import jax.numpy as jnp
 
 from cz_jax import parallel
 from cz_jax.build.models import Loaded, load_model, sharding_rule
+from cz_jax.build.swarm import connect, trainable_task, usable_task
 from cz_jax.config import Config
 from cz_jax.difficulty import LevelState
 from cz_jax.doctor import compile_cache_folder
@@ -22,6 +26,8 @@ from cz_jax.roles.learner import GrpoLearner
 from cz_jax.roles.proposer import ModelProposer
 from cz_jax.roles.solver import ModelSolver
 from cz_jax.swarm.alone import Alone
+from cz_jax.swarm.client import RelayProposer, SharingProposer, SwarmExchange
+from cz_jax.swarm.link import Link
 from cz_jax.tasks import held_out_keys, load_tasks
 from cz_jax.tasks.stream import MixedStream
 
@@ -38,6 +44,12 @@ class Built:
     base_digest: str
     held_out: tuple  # tasks for evaluation
     skipped: dict  # task source -> rows left out, by reason
+    link: Link | None = None  # to the relay, where there is one
+
+    def close(self) -> None:
+        """Leaves the swarm; what is not yet shared goes out, if the relay takes it within seconds."""
+        if self.link is not None:
+            self.link.close()
 
     def host_state(self, position: Position) -> dict:
         """What a checkpoint keeps beside the arrays."""
@@ -54,7 +66,7 @@ class Built:
     def restore(self, number: int, host: dict) -> Position:
         self.node.tasks.restore(host["tasks"])
         self.node.exchange.restore(host["exchange"])
-        if self.node.proposer is not None:
+        if self.node.proposer is not None and host["proposer"] is not None:  # None: the run went without one so far
             self.node.proposer.restore(host["proposer"])
         return Position(number, LevelState.from_dict(host["level"]))
 
@@ -77,50 +89,87 @@ class Pool:
     def __init__(self, mesh, say):
         self._mesh, self._say = mesh, say
         self._loaded: dict[tuple, Loaded] = {}
+        self._asked: Counter = Counter()
+
+    def is_shared(self, model: str, revision: str | None, dtype: str) -> bool:
+        """Whether more than one role has asked for this model."""
+        return self._asked[model, revision, dtype] > 1
 
     def get(self, model: str, revision: str | None, dtype: str) -> Loaded:
         key = (model, revision, dtype)
+        self._asked[key] += 1
         if key not in self._loaded:
             self._say("phase", name=f"loading {model}")
             self._loaded[key] = load_model(model, revision, dtype, self._mesh)
         return self._loaded[key]
 
 
-def build(config: Config, say) -> Built:
-    """The node of `config`, its models loaded. UserError where something that it names is not usable."""
+def build(config: Config, say, folder: pathlib.Path | None = None) -> Built:
+    """The node of `config`, its models loaded; `folder`: the run's, which keeps its identity in a swarm. UserError
+    where something that it names is not usable."""
     set_compile_cache(config.run.compile_cache)
     mesh = mesh_of(config)
     held_out = tuple(t for spec in config.tasks.held_out for t in load_tasks(spec).tasks)
     sources = {spec: load_tasks(spec) for spec in config.tasks.sources}
     for_eval = [t for spec in config.eval.tasks for t in load_tasks(spec).tasks] or list(held_out)
     pool = Pool(mesh, say)
-    s, e, p = config.solver, config.evaluator, config.proposer
-    seats = config.sampling.max_sequences
-    base = pool.get(s.model, s.revision, s.param_dtype)
-    judge = pool.get(e.model, e.revision, e.dtype)
-    evaluator = ModelEvaluator(judge.engine(mesh, e.dtype, seats), e, config.run.seed)
-    proposer = None
-    if p.model not in (None, "none"):
-        proposer = ModelProposer(
-            pool.get(p.model, p.revision, p.dtype).engine(mesh, p.dtype, seats), p, config.run.seed
-        )
-    solver, learner = build_solver(config, base, mesh)
+    start = (config.solver.model, config.solver.revision, config.solver.param_dtype)
+    base = pool.get(*start)
+    evaluator = build_evaluator(config, pool, mesh)
+    proposer = build_proposer(config, pool, mesh)
+    link = connect(config, folder, say)
+    peer = link.peer if link is not None else config.run.peer or "solver"
+    digest = base.digest()
+    solver, learner = build_solver(config, base, mesh, peer, keeps_base=pool.is_shared(*start) or config.grpo.kl > 0)
+    base = dataclasses.replace(base, params={}, digest=lambda: digest)  # whoever needs the weights has them
+    keep_out = held_out_keys([*held_out, *for_eval])
     stream = MixedStream(
         [loaded.tasks for loaded in sources.values()],
         config.tasks.weights,
         seed_for(config.run.seed, "shuffle"),
-        held_out_keys([*held_out, *for_eval]),
+        keep_out,
         solver.fits,
     )
-    node = Node(config, proposer, stream, solver.fits, solver, evaluator, Alone(), learner)
+    exchange = Alone()
+    if link is not None:
+        known = [task for loaded in sources.values() for task in loaded.tasks]
+        exchange, proposer = join(config, link, proposer, known, usable_task(keep_out, solver.fits), say)
+    node = Node(config, proposer, stream, solver.fits, solver, evaluator, exchange, learner)
     limit = config.eval.max_tasks or len(for_eval)
     skipped = {spec: loaded.skipped for spec, loaded in sources.items()}
     skipped["all"] = {"held out": stream.excluded, "duplicate": stream.duplicates, "prompt too long": stream.too_long}
-    return Built(node, solver, evaluator, learner, base, base.digest(), tuple(spread(for_eval, limit)), skipped)
+    return Built(node, solver, evaluator, learner, base, digest, tuple(spread(for_eval, limit)), skipped, link)
 
 
-def build_solver(config: Config, base: Loaded, mesh) -> tuple[ModelSolver, GrpoLearner]:
-    """The two sides of the solver over one train state: full weights of its own, or pairs over the shared base."""
+def build_evaluator(config: Config, pool: Pool, mesh) -> ModelEvaluator:
+    e = config.evaluator
+    engine = pool.get(e.model, e.revision, e.dtype).engine(mesh, e.dtype, config.sampling.max_sequences)
+    return ModelEvaluator(engine, e, config.run.seed)
+
+
+def build_proposer(config: Config, pool: Pool, mesh) -> ModelProposer | None:
+    p = config.proposer
+    if p.model in (None, "none"):
+        return None
+    engine = pool.get(p.model, p.revision, p.dtype).engine(mesh, p.dtype, config.sampling.max_sequences)
+    return ModelProposer(engine, p, config.run.seed)
+
+
+def join(config: Config, link: Link, proposer: ModelProposer | None, known, usable, say):
+    """(exchange, proposer) of a node in a swarm: a node without a proposer takes its peers' proposals."""
+    seed, admit = config.run.seed, trainable_task(config, known, usable)
+    exchange = SwarmExchange(link, config.swarm, config.round.group_size, seed, admit, say)
+    if proposer is None:
+        return exchange, RelayProposer(link, config.swarm, config.proposer, seed, usable, say)
+    return exchange, SharingProposer(proposer, link) if config.swarm.share_proposals else proposer
+
+
+def build_solver(config: Config, base: Loaded, mesh, peer: str, keeps_base: bool) -> tuple[ModelSolver, GrpoLearner]:
+    """The two sides of the solver over one train state: full weights of its own, or pairs over the shared base.
+
+    keeps_base: somebody else holds on to the base's weights. Otherwise full training takes them over, and no second
+    copy exists.
+    """
     arch, rule = base.arch, sharding_rule(base.arch, mesh)
     if base.arch.max_context < config.sampling.max_new_tokens + 1:
         raise ModelFolderError(
@@ -136,11 +185,11 @@ def build_solver(config: Config, base: Loaded, mesh) -> tuple[ModelSolver, GrpoL
         params = lora.join(pairs, base.params)
         shardings = lora.split(tree_of(table, rule))[0]
     else:
-        params = jax.tree.map(jnp.copy, base.params)  # the state is donated; frozen roles keep theirs
+        params = jax.tree.map(jnp.copy, base.params) if keeps_base else base.params  # every step donates its state
         shardings = jax.tree.map(lambda a: a.sharding, params)
     engine = base.engine(mesh, config.solver.compute_dtype, config.sampling.max_sequences, lambda: learner.params())
     solver = ModelSolver(
-        engine, config.sampling, config.round.group_size, config.run.seed, config.run.peer or "solver",
+        engine, config.sampling, config.round.group_size, config.run.seed, peer,
         lambda: learner.policy_digest(),
     )  # fmt: skip
 

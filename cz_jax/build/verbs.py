@@ -1,5 +1,6 @@
 """train, demo, evaluate_model, judge_model: what the command line calls, as functions."""
 
+import contextlib
 import json
 import pathlib
 import time
@@ -22,6 +23,8 @@ from cz_jax.ledger import RunLedger
 from cz_jax.loop import Position, run
 from cz_jax.metrics import judge_quality
 from cz_jax.nouns import Outcome, Round, Task
+from cz_jax.parallel import is_primary, wait_for_all
+from cz_jax.report import REPORT, Sinks, load_sinks, write_report
 from cz_jax.roles.evaluator import ModelEvaluator
 from cz_jax.roles.learner import state_target
 from cz_jax.roles.solver import ModelSolver
@@ -29,6 +32,7 @@ from cz_jax.tasks import load_tasks
 
 EVALUATIONS = "evaluations.json"
 PAIRS_AT_ONCE = 64
+RELAY_KEYS = tuple(f"swarm.{key}" for key in ("relay", "tls", "tls_ca", "insecure", "fetch_seconds", "buffer"))
 
 
 def quiet(event: str, **fields) -> None:
@@ -38,49 +42,75 @@ def quiet(event: str, **fields) -> None:
 def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> dict:
     """Plays the rounds of `config` in the run folder `out` and returns its summary.
 
-    The folder gets config.toml, model/, checkpoints/, metrics.jsonl, rounds/, evaluations.json, export/ and
-    summary.json. With `resume` the run in the folder goes on exactly where its newest whole checkpoint stands.
-    UserError for bad input. KeyboardInterrupt is passed on after saving the last finished round.
+    The folder gets config.toml, model/, checkpoints/, metrics.jsonl, rounds/, evaluations.json, export/,
+    summary.json and report.html. With `resume` the run in the folder goes on exactly where its newest whole checkpoint
+    stands. UserError for bad input. KeyboardInterrupt is passed on after saving the last finished round.
     """
     out = pathlib.Path(out)
-    _check_folder(out, resume)
+    primary = is_primary()
+    say = say if primary else quiet
+    if primary:
+        _check_folder(out, resume)
+    trackers = load_sinks(config.report.sinks) if primary else {}
+    wait_for_all("the run folder")
     started = time.perf_counter()
-    with Checkpoints(
-        out / CHECKPOINTS, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
-    ) as checkpoints:
-        built = build(config, say)
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(out / CHECKPOINTS, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best)
+        )
+        built = stack.enter_context(contextlib.closing(build(config, say, out)))
         ledger = RunLedger(out)
-        keeper = Keeper(built, ledger, checkpoints)
-        if resume:
+        keeper = Keeper(built, ledger if primary else None, checkpoints)
+        if primary and not resume:
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomic(out / CONFIG, to_toml(config).encode())  # from here on the folder holds a run
+        if resume and (next(ledger.rounds(), None) is not None or checkpoints.latest() is not None):
             position = _resume(built, checkpoints, ledger, out)
             keeper.saved = position.number
         else:
             position = _begin(built, keeper, out, say)
+        if position.number == 0 and config.eval.before_and_after and not (out / EVALUATIONS).exists():
+            _write_evaluations(out, {"before": _evaluate(built, say)})
+        keeper.sinks = sinks = Sinks(trackers, out, config.model_dump(mode="json"), position.number, say)
         try:
             run_interruptibly(lambda say: run(built.node, position, keeper, say), say, keeper.is_whole)
         except KeyboardInterrupt:
             keeper.save_interrupted()
+            sinks.close(1.0)
             raise
+        finally:
+            keeper.report(say)
+            sinks.close()
         checkpoints.wait()
-        summary = _finish(built, ledger, out, started, say)
+        after = _evaluate(built, say) if config.eval.before_and_after else None
+        summary = _finish(built, ledger, out, started, after, say) if primary else {}
+        keeper.report(say)
     say("done", summary=summary)
     return summary
 
 
 class Keeper:
-    """Writes rounds down, saves every checkpoint.every of them and the last, and knows what to save on an interrupt."""
+    """Writes rounds down, saves every checkpoint.every of them and the last, and knows what to save on an interrupt.
 
-    def __init__(self, built: Built, ledger: RunLedger, checkpoints: Checkpoints):
+    `ledger` is None where another process of the run writes.
+    """
+
+    def __init__(self, built: Built, ledger: RunLedger | None, checkpoints: Checkpoints):
         self._built, self._ledger, self._checkpoints = built, ledger, checkpoints
         self._last: tuple[int, dict, float | None, object] | None = None  # round, host state, score, train state
         self.saved: int | None = None
+        self.sinks: Sinks | None = None  # trackers that get a copy of every round's metrics
 
     def __call__(self, round_: Round, position: Position) -> None:
-        self._ledger.write(round_)
+        if self._ledger is not None:
+            self._ledger.write(round_)
         self.mark(position, round_.metrics.get("reward"))
+        if self.sinks is not None:
+            self.sinks.write(position.number, round_.metrics)
         config = self._built.node.config
         if position.number % config.checkpoint.every == 0 or position.number == config.run.rounds:
             self.save()
+            self.report(quiet)
 
     def mark(self, position: Position, score: float | None = None) -> None:
         """From here on an interrupt saves this position."""
@@ -91,14 +121,23 @@ class Keeper:
         self._checkpoints.save(number, state, host, score)
         self.saved = number
 
+    def report(self, say: Callable) -> None:
+        """Writes report.html as things stand. A full disk that stops the page does not stop the run."""
+        if self._ledger is not None:
+            try:
+                write_report(self._ledger.folder)
+            except OSError as e:
+                say("note", text=f"{REPORT} could not be written: {e.strerror or e}")
+
     def is_whole(self) -> bool:
         """Whether the parameters of the last finished round are still there: an update takes them apart."""
         return self._last is not None and not any(a.is_deleted() for a in jax.tree.leaves(self._last[3]))
 
     def save_interrupted(self) -> None:
         """Saves the last finished round where an update has not yet taken its parameters apart; otherwise the
-        checkpoint before it continues the run just as exactly."""
-        if self._last is not None and self._last[0] != self.saved and self.is_whole():
+        checkpoint before it continues the run just as exactly. So it does where several processes make the run, which
+        an interrupt reaches at different moments."""
+        if jax.process_count() == 1 and self._last is not None and self._last[0] != self.saved and self.is_whole():
             self.save()
             self._checkpoints.wait()
 
@@ -113,14 +152,11 @@ def _check_folder(out: pathlib.Path, resume: bool) -> None:
 
 
 def _begin(built: Built, keeper: Keeper, out: pathlib.Path, say) -> Position:
-    config = built.node.config
-    position = Position(0, LevelState(config.level.start))
-    write_texts(built.base, out)
+    position = Position(0, LevelState(built.node.config.level.start))
+    if is_primary():
+        write_texts(built.base, out)
     keeper.mark(position)
     keeper.save()  # a run that is killed in its first rounds resumes from here
-    if config.eval.before_and_after:
-        _write_evaluations(out, {"before": _evaluate(built, say)})
-    write_atomic(out / CONFIG, to_toml(config).encode())  # last: a folder without it holds no run
     for source, reasons in built.skipped.items():
         left_out = ", ".join(f"{n} x {reason}" for reason, n in reasons.items() if n)
         if left_out:
@@ -143,14 +179,15 @@ def _resume(built: Built, checkpoints: Checkpoints, ledger: RunLedger, out: path
             f"{config.solver.model} is not the model that {out} began with", "its weights were replaced"
         )
     built.learner.restore(state)
-    ledger.truncate_after(number)
+    if is_primary():
+        ledger.truncate_after(number)
     return built.restore(number, host)
 
 
 def _may_change(key: str, config: Config) -> bool:
     if key == "run.rounds":  # a schedule that falls depends on it
         return config.optimizer.schedule == "constant"
-    return key.startswith(("eval.", "checkpoint.")) or key == "run.compile_cache"
+    return key.startswith(("eval.", "checkpoint.", "report.")) or key in ("run.compile_cache", *RELAY_KEYS)
 
 
 def _evaluate(built: Built, say) -> dict:
@@ -161,14 +198,15 @@ def _evaluate(built: Built, say) -> dict:
 
 
 def _write_evaluations(out: pathlib.Path, evaluations: dict) -> None:
-    write_atomic(out / EVALUATIONS, json.dumps(evaluations, sort_keys=True, indent=2).encode())
+    if is_primary():
+        write_atomic(out / EVALUATIONS, json.dumps(evaluations, sort_keys=True, indent=2).encode())
 
 
-def _finish(built: Built, ledger: RunLedger, out: pathlib.Path, started: float, say) -> dict:
+def _finish(built: Built, ledger: RunLedger, out: pathlib.Path, started: float, after: dict | None, say) -> dict:
     config = built.node.config
     evaluations = json.loads((out / EVALUATIONS).read_bytes()) if (out / EVALUATIONS).exists() else {}
-    if config.eval.before_and_after:
-        evaluations["after"] = _evaluate(built, say)
+    if after is not None:
+        evaluations["after"] = after
         _write_evaluations(out, evaluations)
     rounds = list(ledger.rounds())
     rewards = [r["reward"] for r in rounds if r.get("reward") is not None]
@@ -187,17 +225,18 @@ def _finish(built: Built, ledger: RunLedger, out: pathlib.Path, started: float, 
         "groups_used_from_peers": sum(r["groups_external"] for r in rounds),
         "tokens_per_second": tokens / sampling if sampling else None,
         "policy_digest": built.learner.policy_digest(),
-        "export_dir": str(export),
+        "export_dir": str(export) if jax.process_count() == 1 else None,
+        "report": str(out / REPORT),
         "seed": config.run.seed,
         "versions": {p: version(p) for p in ("cz-jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")},
         "next": [
-            f"cz-jax eval --model {export} --tasks builtin@held_out -k {config.eval.k}",
+            f"cz-jax eval --model {out} --tasks builtin@held_out -k {config.eval.k}",
             f"cz-jax train {out / CONFIG} run.rounds={2 * len(rounds)} --out {out} --resume",
             f"cz-jax export {out} my-model",
         ],
     }
     ledger.write_summary(summary)  # before the export: its card tells the scores
-    if not export.exists():
+    if jax.process_count() == 1 and not export.exists():  # the weights of several hosts are exported by one of them
         say("phase", name=f"exporting to {export}")
         export_run(out, export)
     return summary

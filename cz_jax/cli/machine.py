@@ -1,4 +1,4 @@
-"""Commands about this machine and its files: doctor, config show, identity new, identity show."""
+"""Commands about machines and their files: doctor, plan, config show, identity new, identity show."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,6 +37,39 @@ def doctor(
         show.complain(problem)
     if value["problems"]:
         raise typer.Exit(1)
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration.")],
+    topology: Annotated[
+        str, typer.Option(metavar="NAME", help="v4-8, v5e-1|4|8|16, v5p-8, v6e-1|4|8|16, gpu-24gb|80gb, cpu-16gb.")
+    ],
+    settings: options.Settings = (),
+    count: Annotated[bool, typer.Option("--count", help="Count from shapes; compile nothing.")] = False,
+    as_json: options.Json = False,
+):
+    """Say whether a configuration fits a machine that is not there.
+
+    Memory of each device by kind, FLOPs and estimated seconds of a round, and, where it does not fit, the nearest
+    change that does. For a TPU slice the programs are compiled ahead of time (pip install 'cz-jax[plan]'), which takes
+    minutes. No weight is loaded.
+
+    \b
+    Example:
+      cz-jax plan configs/tpu-v5e-8.toml --topology v5e-8
+    """
+    from cz_jax.config import load
+
+    resolved = load(config, settings)
+    with show.progress() as say:
+        say("phase", name="loading JAX", expected=5)
+        from cz_jax.plan import plan
+
+        value = plan(resolved, topology, not count, say)
+    if (value["advice"] or {}).get("settings"):
+        words = " ".join([*settings, *value["advice"]["settings"]])
+        value["next"] = [f"cz-jax plan {config} --topology {topology} {words}"]
+    show.result(value, as_json)
 
 
 def config_show(

@@ -3,12 +3,14 @@
 Exit status: 0 done, 2 bad input (one line, no traceback), 130 on Ctrl-C, 1 anything else, with its traceback.
 """
 
+import contextlib
+import os
 import sys
 from typing import Annotated
 
 import typer
 
-from cz_jax.cli import machine, models, runs, show
+from cz_jax.cli import machine, models, runs, show, swarm
 from cz_jax.errors import UserError, one_line
 
 _UsageError = typer.BadParameter.__bases__[0]  # typer exports the leaf alone
@@ -42,8 +44,9 @@ def _group(name: str, about: str, commands: dict) -> typer.Typer:
 
 def _app() -> typer.Typer:
     commands = {
-        "demo": runs.demo, "train": runs.train, "eval": models.eval_, "judge": models.judge, "convert": models.convert,
-        "export": models.export, "bench": models.bench, "doctor": machine.doctor,
+        "demo": runs.demo, "train": runs.train, "propose": swarm.propose, "relay": swarm.relay, "eval": models.eval_,
+        "judge": models.judge, "convert": models.convert, "export": models.export, "report": runs.report,
+        "bench": models.bench, "plan": machine.plan, "doctor": machine.doctor,
     }  # fmt: skip
     app = _group("cz-jax", _root.__doc__, commands)
     app.callback()(_root)
@@ -91,3 +94,15 @@ def main(argv: list[str] | None = None) -> int:
             show.drop(sys.stdout)
             return 0
         raise
+
+
+def program() -> None:
+    """The console script: `main`, and out. After an interrupt at once: a compiled program may still be computing in a
+    thread, which an ordinary exit would wait for or crash in."""
+    status = main()
+    if status == 130:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -1,9 +1,6 @@
 """Commands that run rounds: demo, train."""
 
-import os
 import shlex
-import sys
-import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +33,7 @@ def demo(
             show.complain(
                 "interrupted; start again with: cz-jax demo" + (f" --out {shlex.quote(str(out))}" if out else "")
             )
-            _leave()
+            raise typer.Exit(130) from None
     show.result(summary, as_json)
 
 
@@ -47,6 +44,11 @@ def train(
     settings: options.Settings = (),
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/<name of CONFIG> otherwise.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the folder.")] = False,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of process 0, where several processes make one run.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="How many processes make the run.")] = None,
+    process: Annotated[int | None, typer.Option(min=0, help="Which of them this is.")] = None,
     as_json: options.Json = False,
 ):
     """Train a solver as CONFIG.toml says.
@@ -65,28 +67,36 @@ def train(
         try:
             say("phase", name="loading JAX", expected=5)
             from cz_jax.build import train
+            from cz_jax.parallel import join_processes
 
+            join_processes(coordinator, processes, process)
             summary = train(config=resolved, out=out, resume=resume, say=say)
         except KeyboardInterrupt:
             show.complain(_after_interrupt(config, settings, out))
-            _leave()
+            raise typer.Exit(130) from None
     show.result(summary, as_json)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    as_json: options.Json = False,
+):
+    """Write the report of a run again.
+
+    One page, readable without network; every run writes its own at each checkpoint and at its end.
+
+    \b
+    Example:
+      cz-jax report runs/first
+    """
+    from cz_jax.report import write_report
+
+    show.result({"report": write_report(run)}, as_json)
 
 
 def _after_interrupt(config: Path, settings, out: Path) -> str:
     """What to type next: go on where something was saved, else begin again."""
-    checkpoints = out / "checkpoints"
-    saved = checkpoints.is_dir() and any(checkpoints.iterdir())
+    saved = (out / "config.toml").exists()  # written once there is something to go on with
     words = ["cz-jax", "train", str(config), *settings, "--out", str(out), *(["--resume"] if saved else [])]
     told = "interrupted; go on with" if saved else "interrupted before anything was saved; begin again with"
     return f"{told}: {shlex.join(words)}"
-
-
-def _leave() -> None:
-    """Ends the command with status 130. A round that is still being computed in its thread would hold the interpreter
-    up, or crash it, at an ordinary exit."""
-    if any(t.name == "rounds" and t.is_alive() for t in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(130)
-    raise typer.Exit(130)

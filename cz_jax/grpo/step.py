@@ -49,7 +49,8 @@ def init_state(params: dict, optimizer: optax.GradientTransformation, shardings:
     step, like = jnp.zeros((), jnp.int32), None
     if shardings is not None:
         whole = jax.sharding.NamedSharding(jax.tree.leaves(shardings)[0].mesh, jax.sharding.PartitionSpec())
-        step, like = jax.device_put(step, whole), optax.ScaleByAdamState(whole, shardings, shardings)
+        like = optax.ScaleByAdamState(whole, shardings, shardings)
+        step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=whole)()
     return TrainState(params, jax.jit(optimizer.init, out_shardings=like)(params), step)
 
 

@@ -79,7 +79,7 @@ class Engine:
         with jax.set_mesh(self.mesh):
             done = generate(
                 self.arch, self.params(), *self._place(tokens, lengths, rng.key_data(all_seeds), active),
-                jnp.asarray(self.tokenizer.eos_ids, jnp.int32),
+                np.asarray(self.tokenizer.eos_ids, np.int32),
                 max_new_tokens=max_new_tokens, method=method, dtype=self.dtype,
             )  # fmt: skip
             got = parallel.to_host(done)
@@ -126,7 +126,7 @@ class Engine:
         with jax.set_mesh(self.mesh):
             got = parallel.to_host(choice_probabilities(
                 self.arch, self.params(), *self._place(tokens, lengths, rows, row_lengths),
-                jnp.asarray(choices, jnp.int32), dtype=self.dtype,
+                np.asarray(choices, np.int32), dtype=self.dtype,
             ))  # fmt: skip
         return [got[p, : len(group_rows)].tolist() for p, group_rows in enumerate(suffixes)]
 

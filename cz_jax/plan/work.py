@@ -1,0 +1,156 @@
+"""What a round of a configuration asks of its models, in shapes: which model plays which role, and how large the calls
+are. No weights are read: an architecture comes from a folder's config.json or from the table of published shapes.
+"""
+
+import pathlib
+from dataclasses import dataclass
+
+from cz_jax import shapes
+from cz_jax.config import Config
+from cz_jax.convert.folder import is_hub_id, locate
+from cz_jax.errors import ConfigError, ModelFolderError
+from cz_jax.grpo.batch import Row, pack
+from cz_jax.models.spec import RANDOM_SHAPES, Arch, arch_from_folder
+from cz_jax.sampling.engine import Engine
+
+RANDOM = "random:"
+HUB_SHAPES = {
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct": "qwen2.5-coder-0.5b",
+    "Qwen/Qwen2.5-Coder-1.5B-Instruct": "qwen2.5-coder-1.5b",
+    "Qwen/Qwen2.5-0.5B-Instruct": "qwen2.5-coder-0.5b",
+    "Qwen/Qwen2.5-1.5B-Instruct": "qwen2.5-coder-1.5b",
+    "Qwen/Qwen3-0.6B": "qwen3-0.6b",
+    "Qwen/Qwen3-1.7B": "qwen3-1.7b",
+    "Qwen/Qwen3-4B": "qwen3-4b",
+    "Qwen/Qwen3-4B-Instruct-2507": "qwen3-4b-instruct-2507",
+}
+PROPOSER_PROMPT_TOKENS = 512  # what prompts.PROPOSER_TEMPLATE comes to, with room
+JUDGE_PROMPT_TOKENS = 128  # instructions around task and answer
+LONGEST = shapes.LADDER[-1]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A model in a role. Seats of the same `key` share one copy in memory."""
+
+    key: tuple[str, str | None, str]  # model, revision, dtype
+    arch: Arch
+    dtype: str  # of the weights
+    compute: str  # of the arithmetic
+
+
+@dataclass(frozen=True)
+class Call:
+    """One compiled call: P prompts of Tp tokens, G rows behind each, T tokens a row."""
+
+    prompts: int
+    group: int
+    prompt_tokens: int
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.group
+
+
+@dataclass(frozen=True)
+class Work:
+    """A round. `groups` counts own and external ones, `judged_groups` also those that external ones are chosen from.
+    `rollout` is the largest sampling call of the solver, in training or evaluation; a call that the configuration does
+    not make is None. `ways`: how many ways a batch is split."""
+
+    solver: Seat
+    evaluator: Seat
+    proposer: Seat | None
+    own: int
+    groups: int
+    judged_groups: int
+    rollout: Call
+    proposing: Call | None
+    reasoning: Call | None
+    judging: Call | None
+    update: Call  # one micro-batch
+    micro_batches: int
+    ways: int
+
+
+def architecture(model: str) -> Arch:
+    """The architecture of `model` as a config names it: a folder, one of ours, "tiny", `random:SHAPE`, or the hub id of
+    a published shape; any other hub id is asked for at the hub's cache. ModelFolderError where it cannot be told."""
+    if model.startswith(RANDOM):
+        name = model.removeprefix(RANDOM)
+        if name not in RANDOM_SHAPES:
+            raise ModelFolderError(f"{model} is not a known shape", f"known: {', '.join(RANDOM_SHAPES)}")
+        return RANDOM_SHAPES[name]
+    path = pathlib.Path(model).expanduser()
+    if path.is_dir():
+        ours = path / "model"
+        return arch_from_folder(ours if (ours / "config.json").is_file() else path)
+    if model in HUB_SHAPES:
+        return RANDOM_SHAPES[HUB_SHAPES[model]]
+    if is_hub_id(model):
+        raise ModelFolderError(
+            f"the shape of {model} is not known here",
+            "plan fetches nothing from the hub",
+            f"a local folder with its config.json, or one of {', '.join(HUB_SHAPES)}",
+        )
+    return arch_from_folder(locate(model))
+
+
+def work_of(config: Config, ways: int) -> Work:
+    """The round of `config` where a batch is split `ways` ways, every prompt and answer as long as it may be.
+    ConfigError for lengths that no compiled program takes."""
+    for name in ("max_prompt_tokens", "max_new_tokens"):
+        if getattr(config.sampling, name) > LONGEST:
+            raise ConfigError(f"sampling.{name}={getattr(config.sampling, name)} exceeds {LONGEST}")
+    s, e, p, r = config.solver, config.evaluator, config.proposer, config.round
+    solver = Seat((s.model, s.revision, s.param_dtype), architecture(s.model), s.param_dtype, s.compute_dtype)
+    evaluator = Seat((e.model, e.revision, e.dtype), architecture(e.model), e.dtype, e.dtype)
+    proposer = None
+    if p.model not in (None, "none"):
+        proposer = Seat((p.model, p.revision, p.dtype), architecture(p.model), p.dtype, p.dtype)
+    proposed = r.proposed_tasks if proposer is not None else 0
+    own = r.dataset_tasks + (r.proposed_tasks if proposer is not None or config.swarm.relay else 0)
+    groups, seats = own + r.external_groups, config.sampling.max_sequences
+    judged_groups = own + r.external_groups * (config.swarm.oversample if config.swarm.relay else 1)
+    calls = [_sampling(own, r.group_size, config, ways)] if own else []
+    if config.eval.before_and_after:
+        calls.append(_sampling(config.eval.max_tasks or 1 << 20, config.eval.k, config, ways))
+    tokens = config.sampling.max_new_tokens
+    row = Row([0] * config.sampling.max_prompt_tokens, [[0] * tokens] * r.group_size, [0.0] * r.group_size)
+    batch = pack([row] * groups, config.grpo.micro_batch_tokens, ways)
+    m, pp, g, t = batch.completions.shape
+    proposing = None
+    if proposed:
+        proposing = Call(shapes.rows(min(proposed, seats), ways), 1, PROPOSER_PROMPT_TOKENS, p.max_new_tokens)
+    judged = config.sampling.max_prompt_tokens + JUDGE_PROMPT_TOKENS
+    reasoning = judging = None
+    extra = {"direct": 0, "reason": e.reason_tokens, "generate": e.generate_tokens}[e.mode]
+    if extra:
+        count = shapes.rows(min(judged_groups * r.group_size, seats), ways)
+        reasoning = Call(count, 1, _rung(judged + tokens), extra)
+    if e.mode != "generate":
+        judging = _judging(judged_groups, r.group_size, judged, tokens + extra, ways)
+    return Work(
+        solver, evaluator, proposer, own, groups, judged_groups,
+        max(calls, key=lambda c: c.rows) if calls else Call(ways, r.group_size, pp, tokens),
+        proposing, reasoning, judging, Call(pp, g, batch.prompts.shape[-1], t), m, ways,
+    )  # fmt: skip
+
+
+def _sampling(prompts: int, group: int, config: Config, ways: int) -> Call:
+    """What `Engine` makes of `prompts` groups: calls of at most sampling.max_sequences rows."""
+    at_once = min(prompts, max(1, config.sampling.max_sequences // group))
+    length = shapes.rung(config.sampling.max_prompt_tokens)
+    return Call(shapes.rows(at_once, ways), group, length, config.sampling.max_new_tokens)
+
+
+def _judging(groups: int, group: int, prefix: int, suffix: int, ways: int) -> Call:
+    prefix, suffix, group = _rung(prefix), _rung(suffix), shapes.rows(group)
+    at_once = min(groups, max(1, Engine.max_tokens // (prefix + suffix * group)))
+    return Call(shapes.rows(at_once, ways), group, prefix, suffix)
+
+
+def _rung(length: int) -> int:
+    """The padded length of a prompt; the evaluator reads none that is longer than the ladder."""
+    return shapes.rung(min(length, LONGEST))

@@ -2,14 +2,18 @@
 
 import os
 import pathlib
+import signal
 
 # Eight CPU devices for the sharding tests; must be said before jax starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-import pytest
-from hypothesis import settings
+# Started in the background of a shell this process would ignore Ctrl-C, and so would every child that is sent one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")

@@ -17,17 +17,16 @@ from cz_jax.grpo.step import StepOptions, batch_logprobs, init_state, loss_and_g
 from cz_jax.models import lora, qwen
 from cz_jax.models.spec import tree_of, weights
 
-ADAM = make_optimizer(OptimizerConfig(learning_rate=1e-3), 100)
-RNG = np.random.default_rng(0)
+ADAM = make_optimizer(OptimizerConfig(learning_rate=1e-4), 100)
 
 
 def some_rows(count, group=3, vocab=320, most=20):
-    rows = []
+    rows, rng = [], np.random.default_rng(count)
     for _ in range(count):
-        prompt = RNG.integers(3, vocab, RNG.integers(5, 15)).tolist()
-        completions = [RNG.integers(3, vocab, RNG.integers(1, most)).tolist() for _ in range(group)]
-        logprobs = [RNG.normal(-5, 0.1, len(c)).tolist() for c in completions]
-        rows.append(Row(prompt, completions, RNG.normal(size=group).tolist(), logprobs))
+        prompt = rng.integers(3, vocab, rng.integers(5, 15)).tolist()
+        completions = [rng.integers(3, vocab, rng.integers(1, most)).tolist() for _ in range(group)]
+        logprobs = [rng.normal(-5, 0.1, len(c)).tolist() for c in completions]
+        rows.append(Row(prompt, completions, rng.normal(size=group).tolist(), logprobs))
     return rows
 
 
@@ -41,10 +40,16 @@ def options(arch, **more):
 
 
 def close(a, b, relative=1e-5):
-    """Every leaf of a within `relative` of b in the norm of that leaf."""
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        assert np.linalg.norm(x - y) <= relative * np.linalg.norm(y) + 1e-9
+    """Whether a equals b as a whole, and every leaf by itself; a leaf that is what a cancellation left over (the
+    gradient of a key's bias nearly vanishes) is measured against a hundredth of the whole."""
+    pairs = [
+        (np.asarray(x, np.float64), np.asarray(y, np.float64))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    ]
+    whole = np.sqrt(sum((y**2).sum() for _, y in pairs))
+    assert np.sqrt(sum(((x - y) ** 2).sum() for x, y in pairs)) <= relative * whole
+    for x, y in pairs:
+        assert np.linalg.norm(x - y) <= relative * max(np.linalg.norm(y), 0.01 * whole)
 
 
 def simple_reference(arch, params, rows, temperature=1.0):
@@ -84,8 +89,7 @@ def test_padding_buckets_and_micro_batches_change_nothing():
     reference = loss_and_gradients(options(arch), params, {}, pack(rows, 10**6), over(rows))
     small = pack(rows, 100)
     assert small.prompts.shape[0] > 1
-    longer = [*rows[:-1], Row(rows[-1].prompt + [0] * 0, rows[-1].completions, rows[-1].advantages, rows[-1].logprobs)]
-    for batch in (small, pack(rows[::-1], 10**6), pack(longer, 300, ways=4)):
+    for batch in (small, pack(rows[::-1], 10**6), pack(rows, 300, ways=4)):
         got = loss_and_gradients(options(arch, chunk=7), params, {}, batch, over(rows))
         close(got[0], reference[0])
         close(got[1], reference[1])
@@ -122,13 +126,17 @@ def test_one_update_on_eight_devices_equals_one_device(shape):
         state = init_state(jax.device_put(jax.tree.map(jnp.copy, params), place), ADAM, place)
         batch = jax.tree.map(lambda a: parallel.place_batch(mesh, a, 1), pack(rows, 400, ways))
         with jax.set_mesh(mesh):
+            gradients = jax.tree.map(
+                np.asarray, loss_and_gradients(options(arch), state.params, {}, batch, over(rows))[1]
+            )
             state, metrics = train_step(options(arch), state, {}, batch, over(rows))
         for leaf, wanted in zip(jax.tree.leaves(state.params), jax.tree.leaves(place), strict=True):
             assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), (leaf.sharding, wanted)
-        return state.params, metrics
+        return state.params, gradients, metrics
 
-    one, metrics_one = updated(parallel.make_mesh(1, 1, 1, jax.devices()[:1]))
-    many, metrics_many = updated(parallel.make_mesh(*shape))
+    one, gradients_one, metrics_one = updated(parallel.make_mesh(1, 1, 1, jax.devices()[:1]))
+    many, gradients_many, metrics_many = updated(parallel.make_mesh(*shape))
+    close(gradients_many, gradients_one)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), many, one)
     np.testing.assert_allclose(metrics_many["loss"], metrics_one["loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics_many["gradient_norm"], metrics_one["gradient_norm"], rtol=1e-5)

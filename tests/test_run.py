@@ -354,7 +354,7 @@ def test_what_cannot_be_built_is_told_in_a_line_and_leaves_no_run(tmp_path, sett
     with pytest.raises(UserError, match=told) as e:
         train(small(**settings), tmp_path / "run")
     assert "\n" not in str(e.value)
-    assert not (tmp_path / "run" / "config.toml").exists()
+    assert not (tmp_path / "run").exists()  # the corrected call may name the same folder
 
 
 def test_bench_needs_no_tokenizer_and_gives_the_keys_that_are_promised():

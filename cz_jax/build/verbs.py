@@ -55,25 +55,24 @@ def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> d
     wait_for_all("the run folder")
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
+        built = stack.enter_context(
+            contextlib.closing(build(config, say, out))
+        )  # first: what fails here leaves nothing
         checkpoints = stack.enter_context(
             Checkpoints(out / CHECKPOINTS, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best)
         )
-        built = stack.enter_context(contextlib.closing(build(config, say, out)))
         ledger = RunLedger(out)
         keeper = Keeper(built, ledger if primary else None, checkpoints)
         if primary and not resume:
-            out.mkdir(parents=True, exist_ok=True)
             write_atomic(out / CONFIG, to_toml(config).encode())  # from here on the folder holds a run
         if resume and (next(ledger.rounds(), None) is not None or checkpoints.latest() is not None):
             position = _resume(built, checkpoints, ledger, out)
             keeper.saved = position.number
         else:
             position = _begin(built, keeper, out, say)
-        if position.number == 0 and config.eval.before_and_after and not (out / EVALUATIONS).exists():
-            _write_evaluations(out, {"before": _evaluate(built, say)})
         keeper.sinks = sinks = Sinks(trackers, out, config.model_dump(mode="json"), position.number, say)
         try:
-            run_interruptibly(lambda say: run(built.node, position, keeper, say), say, keeper.is_whole)
+            after = run_interruptibly(lambda say: _play(built, position, keeper, out, say), say, keeper.is_whole)
         except KeyboardInterrupt:
             keeper.save_interrupted()
             sinks.close(1.0)
@@ -82,11 +81,19 @@ def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> d
             keeper.report(say)
             sinks.close()
         checkpoints.wait()
-        after = _evaluate(built, say) if config.eval.before_and_after else None
         summary = _finish(built, ledger, out, started, after, say) if primary else {}
         keeper.report(say)
     say("done", summary=summary)
     return summary
+
+
+def _play(built: Built, position: Position, keeper: "Keeper", out: pathlib.Path, say) -> dict | None:
+    """The evaluation before, unless it is there, the rounds, and the result of the evaluation after."""
+    evaluates = built.node.config.eval.before_and_after
+    if evaluates and position.number == 0 and not (out / EVALUATIONS).exists():
+        _write_evaluations(out, {"before": _evaluate(built, say)})
+    run(built.node, position, keeper, say)
+    return _evaluate(built, say) if evaluates else None
 
 
 class Keeper:

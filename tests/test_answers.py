@@ -209,6 +209,8 @@ TRIVIAL = {
     "table": "def add(a, b):\n    return {1: 3, 4: 9}[a]",
     "named table": "T = {(1, 2): 3, (4, 5): 9}\ndef add(a, b):\n    return T.get((a, b))",
     "ternary": "add = lambda a, b: 3 if a == 1 else 9 if a == 4 else None",
+    "calls itself": "def add(a, b):\n    return add(a, b) == 3",
+    "calls itself after noise": "def add(a, b):\n    c = a + b\n    return [add(c, b)]",
     "sys.exit": "import sys\n" + GOOD + "\nsys.exit(0)",
     "exit inside": "def add(a, b):\n    exit(a + b)\n    return a",
     "os._exit": "import os as o\n" + GOOD + "\no._exit(0)",
@@ -217,6 +219,20 @@ TRIVIAL = {
     "__eq__ = lambda": "class A: pass\nA.__eq__ = lambda s, o: True\ndef add(a, b):\n    return A(a)",
     "__eq__ by type()": "def add(a, b):\n    return type('A', (int,), {'__eq__': lambda s, o: True})(a)",
 }
+
+
+RECURSIVE = (
+    "def add(a, b):\n    if b == 0:\n        return a\n    return add(a + 1, b - 1)",
+    "add = lambda a, b: a if not b else add(a + 1, b - 1)",
+    "def add(a, b):\n    return b and add(a + 1, b - 1) or a",
+    "def add(a, b):\n    return sum(add(x, 0) for x in (a, b) if x)",
+    "def add(a, b):\n    f = lambda x: add(x, 0)\n    return a + b",
+)
+
+
+@pytest.mark.parametrize("code", RECURSIVE)
+def test_recursion_that_can_end_is_not_trivial(code):
+    assert structure(code, TASK).non_trivial
 
 
 @pytest.mark.parametrize("code", TRIVIAL.values(), ids=TRIVIAL)

@@ -14,6 +14,8 @@ MAX_TEST_CALLS = 64  # calls of the entry point that are looked at
 MAX_KEY_NODES = 256
 _NO_EFFECT = (ast.Constant, ast.JoinedStr, ast.Tuple, ast.List)
 _BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.Match)
+# What may keep a call from being made, beside those.
+_DETOURS = (ast.BoolOp, ast.TryStar, ast.Assert, ast.comprehension, ast.Yield, ast.YieldFrom)
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 
@@ -101,8 +103,9 @@ def _is_inert(node: ast.expr) -> bool:
 def structure(code: str | None, task: Task) -> Structure:
     """What can be said of `code` as an answer to `task` from its syntax tree alone. Never raises; None scores 0.
 
-    `non_trivial` is a cheap guard against the cheapest answers (constants, tables of the test inputs, copies of the
-    tests, exits, objects equal to everything); an answer that hides better passes it, and is the evaluator's business.
+    `non_trivial` is a cheap guard against the cheapest answers (constants, tables of the test inputs, a function that
+    only calls itself, copies of the tests, exits, objects equal to everything); an answer that hides better passes it,
+    and is the evaluator's business.
     """
     tree = parse_python(code) if code is not None else None
     if tree is None:
@@ -137,7 +140,8 @@ def _function_structure(tree: ast.Module, task: Task) -> Structure:
     tests = [node for test in tests_of(task) for node in ast.walk(test)]
     calls = [node for node in tests if _is_call_of(node, task.entry_point)][:MAX_TEST_CALLS]
     fits = all(_fits(entry.args, call) for call in calls)
-    cheats = _is_canned(tree, entry, calls) or _holds_asserts(tree, tests) or _exits(tree) or _equals_everything(tree)
+    canned = _is_canned(tree, entry, calls) or _never_returns(entry, task.entry_point)
+    cheats = canned or _holds_asserts(tree, tests) or _exits(tree) or _equals_everything(tree)
     return Structure(True, True, fits, not cheats)
 
 
@@ -316,6 +320,15 @@ def _is_names(node: ast.expr) -> bool:
     """A name, or a tuple or list of names."""
     elements = node.elts if isinstance(node, (ast.Tuple, ast.List)) else [node]
     return bool(elements) and all(isinstance(e, ast.Name) for e in elements)
+
+
+def _never_returns(entry: ast.FunctionDef | ast.Lambda, name: str) -> bool:
+    """Whether the entry point calls itself on the straight way to its first return: a recursion without an end, which
+    solvers fall into because it looks like an answer."""
+    body = [ast.Return(entry.body)] if isinstance(entry, ast.Lambda) else entry.body
+    ends = next((i for i, s in enumerate(body) if isinstance(s, (ast.Return, ast.Raise))), len(body))
+    nodes = list(_own_nodes(body[: ends + 1]))
+    return not any(isinstance(n, (*_BRANCHES, *_DETOURS)) for n in nodes) and any(_is_call_of(n, name) for n in nodes)
 
 
 def _holds_asserts(tree: ast.Module, tests: Sequence[ast.AST]) -> bool:

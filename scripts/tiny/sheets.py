@@ -1,0 +1,74 @@
+"""Sheets of training text by number, and batches of few shapes from them."""
+
+import pathlib
+import random
+
+import numpy as np
+
+from cz_jax.convert.tokenizer import ChatTokenizer, load_tokenizer
+from cz_jax.models.spec import arch_from_folder
+from tiny.text import LEVELS, NONE, Sheet, judge_sheet, propose_sheet, solve_sheet
+
+# Kind of sheet -> (sheets a step, [(prompt tokens, continuation tokens), ...]); a sheet goes where it first fits.
+SHAPES = {
+    "propose": (4, ((128, 96), (192, 144))),
+    "solve": (16, ((112, 40), (176, 80))),
+    "prefix": (4, ((160, 48), (208, 72))),
+    "judge": (4, ((160, 84), (208, 112))),
+    "reason": (4, ((160, 128), (208, 160))),
+}
+
+
+def make_sheet(tokenizer: ChatTokenizer, kind: str, number: int, noise: float, seed: str) -> Sheet:
+    rng = random.Random(f"{seed}/{kind}/{number}")
+    level = LEVELS[number % len(LEVELS)]
+    if kind == "propose":
+        return propose_sheet(tokenizer, rng, level)
+    if kind == "solve":
+        return solve_sheet(tokenizer, rng, level, noise)
+    return judge_sheet(tokenizer, rng, level, {"judge": "direct"}.get(kind, kind))
+
+
+def make_sheets(counts: dict[str, int], seed: str, noise: float, folder: pathlib.Path) -> list[Sheet]:
+    """So many sheets of each kind, the levels in turn; each follows from its number. `folder`: the tokenizer's."""
+    tokenizer = load_tokenizer(folder, arch_from_folder(folder))
+    return [make_sheet(tokenizer, kind, n, noise, seed) for kind, count in counts.items() for n in range(count)]
+
+
+def batches_of(sheets: list[Sheet], rng: random.Random, pad: int) -> list[dict]:
+    """The sheets as batches of few shapes, in random order. What does not fit, and the last incomplete batch of a
+    shape, is left out."""
+    shelves: dict[tuple, list[Sheet]] = {}
+    for sheet in sheets:
+        for shape in SHAPES[sheet.kind][1]:
+            if len(sheet.prompt) <= shape[0] and max(len(r.tokens) for r in sheet.rows) <= shape[1]:
+                shelves.setdefault((sheet.kind, shape), []).append(sheet)
+                break
+    made = []
+    for (kind, shape), shelf in shelves.items():
+        rng.shuffle(shelf)
+        size = SHAPES[kind][0]
+        made += [batch_of(shelf[i : i + size], shape, pad) for i in range(0, len(shelf) - size + 1, size)]
+    rng.shuffle(made)
+    return made
+
+
+def batch_of(sheets: list[Sheet], shape: tuple[int, int], pad: int) -> dict:
+    """Arrays: prompts [P, Tp], lengths [P], rows, weights and marks [P, G, Ts]; `only_last` where of each row just the
+    last token has a loss of its own."""
+    p, g = len(sheets), max(len(s.rows) for s in sheets)
+    batch = {
+        "prompts": np.full((p, shape[0]), pad, np.int32),
+        "lengths": np.array([len(s.prompt) for s in sheets], np.int32),
+        "rows": np.full((p, g, shape[1]), pad, np.int32),
+        "weights": np.zeros((p, g, shape[1]), np.float32),
+        "marks": np.full((p, g, shape[1]), NONE, np.int8),
+        "ends": np.ones((p, g), np.int32),
+    }
+    for i, sheet in enumerate(sheets):
+        batch["prompts"][i, : len(sheet.prompt)] = sheet.prompt
+        for j, row in enumerate(sheet.rows):
+            n = len(row.tokens)
+            batch["rows"][i, j, :n], batch["weights"][i, j, :n] = row.tokens, row.weights
+            batch["marks"][i, j, :n], batch["ends"][i, j] = row.marks, n
+    return {"only_last": sheets[0].kind == "judge", "kind": sheets[0].kind, **batch}

@@ -1,0 +1,197 @@
+"""Training text of the three roles, through the very prompts that real models get.
+
+A `Sheet` is one prompt and its continuations, so that a prompt is computed once: several proposals for a level, one
+answer to a task, or several answers that the judge sees. Every draw follows from the caller's random generator.
+"""
+
+import json
+import random
+from dataclasses import dataclass, field
+
+from cz_jax.convert.tokenizer import ChatTokenizer
+from cz_jax.roles.prompts import TOPICS, VERDICT_FALSE, VERDICT_TRUE, judge_messages, proposer_messages, solver_messages
+from cz_jax.sampling.engine import common_prefix
+from tiny.families import Item, draw
+from tiny.mutate import wrong_bodies
+
+LEVELS = (1, 2, 3, 4, 5)
+# How often a solver's training answer is a wrong one, by level; and how often a right or wrong one is badly written.
+WRONG_SHARE = {1: 0.35, 2: 0.40, 3: 0.45, 4: 0.50, 5: 0.55}
+UNTIDY_SHARE = 0.15
+PROPOSALS, ANSWERS = 4, 6  # continuations of a proposer's and of a judge's sheet
+NONE, WRONG, RIGHT = -1, 0, 1
+
+
+@dataclass
+class Continuation:
+    """Token ids; the weight of each token's own loss; and where the judge reads on: whether all of the answer so far is
+    how a right one begins (RIGHT, WRONG, or NONE where that is not asked)."""
+
+    tokens: list[int]
+    weights: list[float]
+    marks: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Sheet:
+    kind: str  # "propose", "solve", "prefix", "judge" or "reason"
+    prompt: list[int]
+    rows: list[Continuation]
+
+
+def proposal(item: Item) -> str:
+    """The item as a proposer writes it."""
+    value = json.dumps({"question": item.task.question, "tests": list(item.task.tests)})
+    return f"```json\n{value}\n```"
+
+
+def answer(code: str) -> str:
+    return f"```python\n{code}\n```"
+
+
+def solver_text(item: Item, rng: random.Random, noise: float) -> tuple[str, bool]:
+    """(an answer, whether it goes on until it is cut). `noise` 0: right and tidy; 1: as in WRONG_SHARE and
+    UNTIDY_SHARE."""
+    code = rng.choice(item.right)
+    if rng.random() < noise * WRONG_SHARE[item.task.level]:
+        code = (wrong_bodies(item, rng, 1) or [code])[0]
+    if rng.random() >= noise * UNTIDY_SHARE:
+        return answer(code), False
+    slip = rng.randrange(4)
+    if slip == 0:
+        return code, False  # no fence
+    if slip == 1:
+        return f"```\n{code}\n```", False
+    if slip == 2:
+        return f"```python\n{code}\n", False  # not closed
+    return answer(code) + "\n" + answer(code), True
+
+
+def propose_sheet(tokenizer: ChatTokenizer, rng: random.Random, level: int) -> Sheet:
+    number = rng.randrange(len(TOPICS))
+    avoid = [draw(rng, "train", level).task.question for _ in range(rng.choice((0, 0, 0, 1, 2)))]
+    prompt = tokenizer.encode_chat(proposer_messages(level, avoid, number))
+    items = [draw(rng, "train", level, number) for _ in range(PROPOSALS)]
+    rows = [_spoken(tokenizer, proposal(item), False) for item in items]
+    return Sheet("propose", prompt, rows)
+
+
+def solve_sheet(tokenizer: ChatTokenizer, rng: random.Random, level: int, noise: float) -> Sheet:
+    item = draw(rng, "train", level)
+    prompt = tokenizer.encode_chat(solver_messages(item.task))
+    return Sheet("solve", prompt, [_spoken(tokenizer, *solver_text(item, rng, noise))])
+
+
+def _spoken(tokenizer: ChatTokenizer, text: str, goes_on: bool) -> Continuation:
+    tokens = tokenizer.encode(text) + ([] if goes_on else [tokenizer.eos_ids[0]])
+    return Continuation(tokens, [1.0] * len(tokens), [NONE] * len(tokens))
+
+
+def labelled_answers(item: Item, rng: random.Random, count: int, others: tuple[Item, ...]) -> list[tuple[str, bool]]:
+    """`count` answers, right and wrong ones in turn, as far as there are different right ones."""
+    right = rng.sample(item.right, min(count // 2, len(item.right)))
+    wrong = wrong_bodies(item, rng, count - len(right), others)
+    return [(code, True) for code in right] + [(code, False) for code in wrong]
+
+
+def judge_sheet(
+    tokenizer: ChatTokenizer, rng: random.Random, level: int, mode: str = "direct", count: int = ANSWERS
+) -> Sheet:
+    """Answers to one task under one nonce. Right and wrong ones weigh the same, however many there are of each.
+
+    `mode`: "direct", "reason", or "prefix": the direct prompt, cut where the code ends, with right code to be predicted
+    instead of a verdict."""
+    item = draw(rng, "train", level)
+    others = (draw(rng, "train", level),)
+    labelled = labelled_answers(item, rng, count, others)
+    nonce = f"{rng.getrandbits(32):08x}"
+    share = {label: 0.5 * len(labelled) / max(1, sum(b == label for _, b in labelled)) for label in (True, False)}
+
+    def encode(code: str, forced: str) -> list[int]:
+        asked_mode = "reason" if mode == "reason" else "direct"
+        return tokenizer.encode_chat(judge_messages(item.task, code, nonce, asked_mode), forced=forced)
+
+    if mode == "reason":
+        whole = [(encode(code, ""), _thoughts(tokenizer, item, code, label)) for code, label in labelled]
+        start = common_prefix([tokens for tokens, _ in whole])
+        rows = []
+        for (tokens, thoughts), (_, label) in zip(whole, labelled, strict=True):
+            weights = [0.0] * (len(tokens) - start) + [1.0] * (len(thoughts) - 1) + [share[label]]
+            rows.append(Continuation(tokens[start:] + thoughts, weights, [NONE] * len(weights)))
+        prompt = whole[0][0][:start]
+        return Sheet("reason", prompt, rows)
+    asked = [encode(code, VERDICT_TRUE if label else VERDICT_FALSE) for code, label in labelled]
+    ways = [encode(code, VERDICT_TRUE) for code in item.right]
+    closing, tail = _closing(tokenizer), common_suffix(encode("x", VERDICT_TRUE), encode("()", VERDICT_TRUE))
+    start = common_prefix(asked + ways)
+    ways = [way[start : len(way) - tail] for way in ways]
+    rows = []
+    for tokens, (_, label) in zip(asked, labelled, strict=True):
+        code, rest = tokens[start : len(tokens) - tail], tokens[len(tokens) - tail : len(tokens) - closing]
+        if mode == "prefix":
+            rows.append(Continuation(code, [share[True] if label else 0.0] * len(code), _marks(code, ways)))
+            continue
+        marks = _marks(code, ways) + [NONE] * len(rest)
+        weights = [0.0] * (len(code) + len(rest) - 1) + [share[label]]
+        rows.append(Continuation(code + rest, weights, marks))
+    return Sheet("prefix" if mode == "prefix" else "judge", asked[0][:start], rows)
+
+
+def _marks(code: list[int], ways: list[list[int]]) -> list[int]:
+    """For each token of the code: is all until here the beginning of a right answer?"""
+    marks = []
+    for at, token in enumerate(code):
+        ways = [way for way in ways if at < len(way) and way[at] == token]
+        marks.append(RIGHT if ways else WRONG)
+    return marks
+
+
+def _thoughts(tokenizer: ChatTokenizer, item: Item, code: str, label: bool) -> list[int]:
+    """What the judge says before its verdict: the right answer that is most like the code, and how they compare; then
+    the verdict up to its true or false."""
+    like = max(item.right, key=lambda way: _alike(way, code))
+    said = f"It should be:\n{like}\nThat is {'the same' if label else 'different'}."
+    verdict = tokenizer.encode("\n" + (VERDICT_TRUE if label else VERDICT_FALSE))
+    return tokenizer.encode(said) + verdict[: len(verdict) - _closing(tokenizer)]
+
+
+def _alike(a: str, b: str) -> int:
+    """Characters that the two share at their beginning and at their end."""
+    return common_suffix(a, b) + common_suffix(a[::-1], b[::-1])
+
+
+def common_suffix(a, b) -> int:
+    """How many items the two end with alike."""
+    n = 0
+    while n < min(len(a), len(b)) and a[-1 - n] == b[-1 - n]:
+        n += 1
+    return n
+
+
+def _closing(tokenizer: ChatTokenizer) -> int:
+    """How many tokens of the forced verdict stand behind its true or false."""
+    true, false = (tokenizer.encode(v) for v in (VERDICT_TRUE, VERDICT_FALSE))
+    return common_suffix(true, false)
+
+
+def sample_texts(rng: random.Random, count: int):
+    """What the tokenizer learns its merges from: prompts and answers of the three roles."""
+    for number in range(count):
+        level = LEVELS[number % len(LEVELS)]
+        item = draw(rng, "train", level)
+        codes = [code for code, _ in labelled_answers(item, rng, 2, ())]
+        nonce = f"{rng.getrandbits(32):08x}"
+        chats = [
+            proposer_messages(level, [item.task.question], rng.randrange(len(TOPICS))),
+            solver_messages(item.task),
+            judge_messages(item.task, codes[-1], nonce),
+            judge_messages(item.task, codes[0], nonce, "reason"),
+        ]
+        for chat in chats:
+            for message in chat:
+                yield f"{message['role']}\n"
+                yield message["content"]
+        yield "assistant\n"
+        yield proposal(item)
+        yield from map(answer, codes)
+        yield f"It should be:\n{codes[0]}\nThat is the same.\nThat is different.\n{VERDICT_TRUE}\n{VERDICT_FALSE}"

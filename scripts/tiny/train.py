@@ -1,0 +1,99 @@
+"""Trains the tiny models from scratch and writes them as Hugging Face folders.
+
+    nice python scripts/tiny/train.py [OUT] [--seed S] [--scale X]
+
+OUT gets the speaker (proposer and solver), OUT/judge the judge, trained side by side in a process each. Both begin with
+clean text: the speaker with proposals and right answers, the judge with right answers and with marks on every token of
+right and wrong code. Then the speaker reads answers with deliberate noise, and the judge whole prompts with their
+verdicts. The same seed, versions and machine give the same weights. `--scale` shortens or lengthens all stages.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import random
+import shutil
+import sys
+import tempfile
+import time
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cz_jax.convert.write import export_folder
+from cz_jax.models.spec import config_for_export
+from tiny.card import write_card
+from tiny.learn import ARCH, VOCABULARY, Stage, run_stages, say
+from tiny.sheets import SHAPES
+from tiny.text import sample_texts
+from tiny.tokenizer import train_tokenizer, write_texts
+
+TOKENIZER_TASKS = 1500
+STAGES = {
+    "speaker": (
+        Stage("clean", {"propose": 1500, "solve": 16000}, 3e-3),
+        Stage("noisy", {"propose": 200, "solve": 2500}, 1e-3, noise=1.0),
+    ),
+    "judge": (
+        Stage("code", {"solve": 12000, "prefix": 2000}, 3e-3),
+        Stage("verdicts", {"judge": 3000, "reason": 200}, 2e-3),
+    ),
+}
+
+
+def scaled(stage: Stage, scale: float) -> Stage:
+    sheets = {kind: max(SHAPES[kind][0] * 4, int(count * scale)) for kind, count in stage.sheets.items()}
+    return dataclasses.replace(stage, sheets=sheets)
+
+
+def train(out: pathlib.Path, seed: int, scale: float) -> None:
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        texts = pathlib.Path(folder) / "texts"
+        tokenizer = train_tokenizer(sample_texts(random.Random(f"{seed}/tokenizer"), TOKENIZER_TASKS), VOCABULARY)
+        write_texts(tokenizer, config_for_export(ARCH), texts)
+        say(f"tokenizer of {VOCABULARY} tokens after {time.perf_counter() - begun:.0f} s")
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(len(STAGES), context) as pool:
+            running = {
+                role: pool.submit(run_stages, tuple(scaled(s, scale) for s in stages), texts, seed)
+                for role, stages in STAGES.items()
+            }
+            done = {role: future.result() for role, future in running.items()}
+        facts = {
+            "seed": seed,
+            "seconds": round(time.perf_counter() - begun),
+            "machine": f"{os.cpu_count()} cores ({platform.machine()}), without GPU",
+            "versions": {"jax": jax.__version__, "optax": optax.__version__},
+            "losses": {role: logs for role, (_, logs) in done.items()},
+        }
+        if out.exists():
+            shutil.rmtree(out)
+        for role, (params, _) in done.items():
+            where = out if role == "speaker" else out / role
+            export_folder(params, ARCH, texts, where, write_card(role, ARCH, facts), jnp.bfloat16)
+    (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    say(f"done after {facts['seconds']} s: {out}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=pathlib.Path, nargs="?", default=pathlib.Path("runs/tiny"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0)
+    a = parser.parse_args()
+    train(a.out, a.seed, a.scale)
+
+
+if __name__ == "__main__":
+    main()

@@ -64,6 +64,7 @@ def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> d
         ledger = RunLedger(out)
         keeper = Keeper(built, ledger if primary else None, checkpoints)
         if primary and not resume:
+            out.mkdir(parents=True, exist_ok=True)
             write_atomic(out / CONFIG, to_toml(config).encode())  # from here on the folder holds a run
         if resume and (next(ledger.rounds(), None) is not None or checkpoints.latest() is not None):
             position = _resume(built, checkpoints, ledger, out)

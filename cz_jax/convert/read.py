@@ -4,6 +4,8 @@ A process reads the rows and columns that its own shards hold, and nothing else.
 of one weight (all layers of it), one block of a file, and what already lies on devices that are the host's own memory.
 """
 
+import math
+import mmap
 from collections.abc import Callable
 
 import jax
@@ -13,6 +15,8 @@ from cz_jax.convert.container import TensorFacts, blocks
 from cz_jax.convert.folder import FolderFacts, check_folder
 from cz_jax.errors import ModelFolderError
 from cz_jax.models.spec import Arch, Weight, tree_of, weights
+
+_OFF_ALIGNMENT = 8  # bytes
 
 
 def read_params(
@@ -55,7 +59,11 @@ def _read_weight(facts: FolderFacts, w: Weight, dtype: np.dtype, sharding) -> ja
 
 def _read_shard(facts: FolderFacts, w: Weight, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
     """`index` of the weight in our layout, as a new array; layers are read one by one, transposed on the way."""
-    out = np.empty([len(range(*s.indices(n))) for s, n in zip(index, w.shape, strict=True)], dtype)
+    shape = [len(range(*s.indices(n))) for s, n in zip(index, w.shape, strict=True)]
+    # Pages of their own, which go back to the system the moment the array is dropped (the heap keeps them). Off the
+    # alignment at which JAX on a CPU adopts host memory instead of copying it: what it adopts cannot be donated.
+    pages = mmap.mmap(-1, _OFF_ALIGNMENT + math.prod(shape) * dtype.itemsize)
+    out = np.frombuffer(pages, dtype, offset=_OFF_ALIGNMENT).reshape(shape)
     names = w.hf_names()[index[0]] if w.stacked else w.hf_names()
     inner = index[1:] if w.stacked else index
     for i, name in enumerate(names):

@@ -22,6 +22,9 @@ def relay(
     metrics: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Prometheus metrics over HTTP; none otherwise.")
     ] = None,
+    page: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="A read-only page to look at, over HTTP; none otherwise.")
+    ] = None,
     retain_hours: Annotated[float, typer.Option(min=1.0, max=8760.0, help="Older messages are dropped.")] = 24.0,
     retain_mb: Annotated[
         int, typer.Option(min=1, max=1 << 30, help="The oldest beyond so many MB are dropped.")
@@ -36,14 +39,14 @@ def relay(
 
     \b
     Example:
-      cz-jax relay --listen 127.0.0.1:7443 --data relay-data
+      cz-jax relay --listen 127.0.0.1:7443 --data relay-data --page 127.0.0.1:8443
     """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read when grpc is loaded; its lines are not JSON
     from cz_jax.swarm.log import Limits
     from cz_jax.swarm.relay import JsonLines, RelayOptions, serve
 
     limits = Limits(retain_seconds=retain_hours * 3600, retain_bytes=retain_mb << 20, peer_rate=peer_rate)
-    chosen = RelayOptions(listen, data, tls_cert, tls_key, allow, insecure, metrics, limits)
+    chosen = RelayOptions(listen, data, tls_cert, tls_key, allow, insecure, metrics, page, limits)
     show.result(serve(chosen, JsonLines()), as_json)
 
 

@@ -121,16 +121,16 @@ def group_payload(group: Group) -> bytes:
     return canonical_json(value).encode("ascii")
 
 
-def read_group(payload: bytes, peer: str, group_size: int) -> Group:
+def read_group(payload: bytes, peer: str, group_size: int | None) -> Group:
     """The group in `payload`, which `peer` signed; Rejected for anything else, and for another number of answers than
-    `group_size`: groups of one update have one shape."""
+    `group_size`: groups of one update have one shape. None takes any number."""
     value = _fields(_json(payload), {"task", "policy", "round", "rollouts"}, "group")
     task = _task(value["task"])
     if not isinstance(value["policy"], str) or not _DIGEST.fullmatch(value["policy"]):
         raise Rejected("policy", "policy is a SHA-256 in hex")
     _whole(value["round"], 0, MAX_ROUND, "round")
     rollouts = value["rollouts"]
-    if not isinstance(rollouts, list) or len(rollouts) != group_size:
+    if not isinstance(rollouts, list) or group_size not in (None, len(rollouts)):
         raise Rejected("group_size", f"round.group_size={group_size} answers are wanted")
     return Group(task, peer, value["policy"], value["round"], tuple(_rollout(r) for r in rollouts))
 

@@ -52,7 +52,7 @@ class Refusal(Exception):
 class Log:
     """The relay's calls. Made and used in one event loop; `store` is read from threads and written to by `writer`.
 
-    `allow`: peer ids that may publish; None: any.
+    `allow`: peer ids that may publish; None: any. `appended()` is called, in the writer's thread, after a commit.
     """
 
     def __init__(
@@ -62,9 +62,10 @@ class Log:
         allow: frozenset[str] | None = None,
         failed: Callable[[str], None] = lambda text: None,
         wall: Callable[[], float] = time.time,
+        appended: Callable[[], None] = lambda: None,
     ):
         self.store, self.limits = store, limits
-        self._allow, self._wall = allow, wall
+        self._allow, self._wall, self._appended = allow, wall, appended
         self._loop = asyncio.get_running_loop()
         self._quota = Quota(limits.peer_rate, limits.peer_bytes_rate)
         self._threads = ThreadPoolExecutor(READERS, "relay reader")
@@ -81,7 +82,7 @@ class Log:
     @property
     def waiting(self) -> int:
         """Readers that wait for something new."""
-        return sum(map(len, self._waiting.values()))
+        return sum(map(len, list(self._waiting.values())))  # a copy: other threads ask too
 
     def drain(self) -> None:
         """From here on nothing is taken, and nobody waits: long polls answer with what there is."""
@@ -229,6 +230,7 @@ class Log:
 
     def _committed(self, keys: Iterable[tuple[str, str]]) -> None:
         """Called by the writer's thread."""
+        self._appended()
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake, keys)
 

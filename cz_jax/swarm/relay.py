@@ -1,4 +1,4 @@
-"""The relay as a gRPC service: limits, TLS, health, metrics, a structured log, and a shutdown that loses nothing.
+"""The relay as a gRPC service: limits, TLS, health, metrics, a page, a structured log, a shutdown that loses nothing.
 
 Each method logs, calls `Log`, and maps its refusal to a status; the reason is in the trailing metadata `cz-reason`,
 and `cz-floor` and `cz-head` tell a reader whose cursor is outside of the log where it is.
@@ -14,6 +14,7 @@ import json
 import pathlib
 import resource
 import signal
+import socket
 import sys
 import threading
 import time
@@ -45,8 +46,8 @@ class RelayError(UserError):
 
 @dataclass(frozen=True)
 class RelayOptions:
-    """`listen` and `metrics` are HOST:PORT (port 0: any free one). `data`: the folder of the log; None keeps it in
-    memory. `allow`: a file with a peer id a line."""
+    """`listen`, `metrics` and `page` are HOST:PORT (port 0: any free one). `data`: the folder of the log; None keeps it
+    in memory. `allow`: a file with a peer id a line."""
 
     listen: str
     data: pathlib.Path | None = None
@@ -55,6 +56,7 @@ class RelayOptions:
     allow: pathlib.Path | None = None
     insecure: bool = False
     metrics: str | None = None
+    page: str | None = None
     limits: Limits = field(default_factory=Limits)
 
 
@@ -160,8 +162,8 @@ class Relay:
 
     def __init__(self, options: RelayOptions, say: Callable):
         self._options, self._say = options, say
-        self._metrics_server = None
-        self.address = self.metrics_address = ""
+        self._metrics_server = self._page = self._watcher = None
+        self.address = self.metrics_address = self.page_address = ""
 
     async def start(self) -> None:
         o = self._options
@@ -170,7 +172,7 @@ class Relay:
         allow = None if o.allow is None else read_allow_list(o.allow)
         _check_plaintext(host, credentials is not None, o.insecure, "--listen")
         store = MemoryStore() if o.data is None else SqliteStore(o.data)
-        self.log = Log(store, o.limits, allow, lambda text: self._say("store_failed", detail=one_line(text, 200)))
+        self.log = Log(store, o.limits, allow, self._store_failed, appended=self._appended)
         try:
             self.metrics = Metrics(self.log)
             self._server = grpc.aio.server(options=server_options(o.limits), maximum_concurrent_rpcs=o.limits.calls)
@@ -179,15 +181,18 @@ class Relay:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
             self.address = f"{_bracketed(host)}:{self._bind(host, port, credentials)}"
             self._start_metrics()
+            await self._start_page()
             for service in ("", SERVICE):
                 await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
             await self._server.start()
         except BaseException:
+            await self._stop_page()
             self.log.close(WRITE_GRACE)
             raise
         self._say(
-            "serving", address=self.address, tls=credentials is not None, data=o.data, metrics=self.metrics_address
-        )
+            "serving", address=self.address, tls=credentials is not None, data=o.data, metrics=self.metrics_address,
+            **self._page_lines(),
+        )  # fmt: skip
 
     async def stop(self) -> bool:
         """Takes nothing more, answers who waits, finishes calls under way, writes what they handed in; within 10 s.
@@ -195,7 +200,7 @@ class Relay:
         self._say("draining", waiting=self.log.waiting, queue=self.log.writer.waiting)
         self.log.drain()
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(CALLS_GRACE)
+        await asyncio.gather(self._server.stop(CALLS_GRACE), self._stop_page())
         if self._metrics_server is not None:
             self._metrics_server.shutdown()
             self._metrics_server.server_close()
@@ -228,6 +233,62 @@ class Relay:
             what = f"{self._options.metrics} cannot be listened on: {e.strerror or e}"
             raise RelayError(what, "", "--metrics HOST:0") from None
         self.metrics_address = f"{_bracketed(host)}:{self._metrics_server.server_port}"
+
+    async def _start_page(self) -> None:
+        if self._options.page is None:
+            return
+        from cz_jax.swarm.page import LOOPBACK_NAMES, PageServer
+        from cz_jax.swarm.watch import Watcher
+
+        host, port = split_address(self._options.page, "--page")
+        _check_plaintext(host, False, self._options.insecure, "--page")
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listening = socket.create_server((host, port), family=family, backlog=64)
+        except OSError as e:
+            what = f"{self._options.page} cannot be listened on: {e.strerror or e}"
+            raise RelayError(what, "", "--page HOST:0") from None
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # so that who does not read is noticed
+        names = LOOPBACK_NAMES | {_bracketed(host)} if is_loopback(host) else None
+        self._page = PageServer(names, self._page_failed)
+        await self._page.start(listening)
+        self.page_address = f"{_bracketed(host)}:{listening.getsockname()[1]}"
+        self._watcher = Watcher(self.log.store, self._page.tell, self._health_now, self._page_failed)
+        self._watcher.start()
+
+    async def _stop_page(self) -> None:
+        if self._watcher is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._watcher.stop)
+        if self._page is not None:
+            await self._page.stop()
+
+    def _store_failed(self, text: str) -> None:
+        self._say("store_failed", detail=one_line(text, 200))
+
+    def _page_failed(self, text: str) -> None:
+        self._say("page_failed", detail=one_line(text, 200))
+
+    def _appended(self) -> None:
+        if self._watcher is not None:
+            self._watcher.wake()
+
+    def _health_now(self) -> dict:
+        log, limits = self.log, self._options.limits
+        return {
+            "serving": not log.draining, "queue": log.writer.waiting, "waiting": log.waiting,
+            "damaged": log.store.damaged, "retain_hours": round(limits.retain_seconds / 3600, 1),
+            "retain_bytes": limits.retain_bytes,
+        }  # fmt: skip
+
+    def _page_lines(self) -> dict:
+        """Where the page is, and the line that brings it to another machine's browser."""
+        if not self.page_address:
+            return {}
+        host, _, port = self.page_address.rpartition(":")
+        there = {"page": f"http://{self.page_address}/"}
+        if not is_loopback(host.strip("[]")):
+            return there
+        return there | {"ssh": f"ssh -L {port}:{self.page_address} {socket.gethostname()}"}
 
 
 def serve(options: RelayOptions, say: Callable) -> dict:

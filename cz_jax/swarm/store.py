@@ -102,6 +102,9 @@ class Store(Protocol):
     def size(self) -> tuple[int, int, int]:
         """(runs, entries, bytes of envelopes)."""
 
+    def runs(self) -> list[tuple[str, Bounds, int]]:
+        """(run, its bounds, bytes of its envelopes), by name."""
+
     def close(self) -> None: ...
 
     damaged: int
@@ -165,6 +168,11 @@ class MemoryStore:
         with self._lock:
             logs = self._logs.values()
             return len(logs), sum(len(log.entries) for log in logs), sum(log.bytes for log in logs)
+
+    def runs(self) -> list[tuple[str, Bounds, int]]:
+        with self._lock:
+            logs = sorted(self._logs.items())
+            return [(run, Bounds(log.floor, log.floor + len(log.entries) - 1), log.bytes) for run, log in logs]
 
     def close(self) -> None:
         pass
@@ -342,6 +350,10 @@ class SqliteStore:
 
     def size(self) -> tuple[int, int, int]:
         return self._select("SELECT count(*), coalesce(sum(head - floor + 1), 0), coalesce(sum(bytes), 0) FROM runs")[0]
+
+    def runs(self) -> list[tuple[str, Bounds, int]]:
+        rows = self._select("SELECT name, floor, head, bytes FROM runs ORDER BY name")
+        return [(name, Bounds(floor, head), size) for name, floor, head, size in rows]
 
     def close(self) -> None:
         with self._lock:

@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import threading
@@ -555,14 +554,6 @@ def test_state_from_any_thread_after_the_loop_has_ended():
 
 
 # ---- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no chromium here: the page cannot be looked at in a browser")
-    return found
 
 
 def test_in_a_browser_hostile_text_is_text(browser, tmp_path):

@@ -4,10 +4,12 @@ import hashlib
 import sqlite3
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from redis_server import RedisServer
 
 from cz_jax.swarm import store as room
 from cz_jax.swarm.store import Appended, Bounds, Conflict, Item, MemoryStore, SqliteStore, StoreError, StoreFailed
@@ -19,11 +21,20 @@ def item(name, peer="p", number=None, kind="group", size=0):
     return Item(kind, peer, number, hashlib.sha256(data + peer.encode()).digest(), data)
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "redis"])
 def store(request, tmp_path):
-    made = MemoryStore() if request.param == "memory" else SqliteStore(tmp_path / "data")
+    if request.param == "redis":
+        made = request.getfixturevalue("redis_server").empty_store()
+    else:
+        made = MemoryStore() if request.param == "memory" else SqliteStore(tmp_path / "data")
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def redis_server(redis_program, tmp_path_factory):
+    with RedisServer(redis_program, tmp_path_factory.mktemp("redis")) as running:
+        yield running
 
 
 def append(store, *items, run="a", now=1000):
@@ -35,7 +46,7 @@ def sequences(store, run="a", kind="group", after=0, most=100, size=1 << 20):
 
 
 def test_an_unknown_run_is_empty(store):
-    assert store.bounds("a") == Bounds(1, 0) and store.size() == (0, 0, 0)
+    assert store.bounds("a") == Bounds(1, 0) and store.size() == (0, 0, 0) and store.runs() == []
     assert store.page("a", "group", 0, 10, 100) == ([], 0)
     assert store.scan("a", "group", 0, 10) == [] and store.read("a", [1]) == []
 
@@ -45,7 +56,7 @@ def test_sequences_are_dense_per_run_and_over_kinds(store):
     assert [[a.sequence for a in result] for result in first] == [[1, 2], [1], [3]]
     assert store.bounds("a") == Bounds(1, 3) and store.bounds("b") == Bounds(1, 1)
     assert sequences(store) == [1, 3] and sequences(store, kind="proposal") == [2] and sequences(store, after=1) == [3]
-    assert store.size() == (2, 4, 4)
+    assert store.size() == (2, 4, 4) and store.runs() == [("a", Bounds(1, 3), 3), ("b", Bounds(1, 1), 1)]
 
 
 def test_the_same_content_is_kept_once(store):
@@ -112,6 +123,26 @@ def test_what_retention_dropped_cannot_be_replayed_until_it_is_too_old_anyway(st
     assert append(store, old, now=1100) == [Appended(4, False)]
 
 
+def test_numbers_are_whole_to_the_last_bit(store):
+    last = (1 << 63) - 1
+    assert append(store, item("x", number=last - 1)) == [Appended(1, False)]
+    assert append(store, item("y", number=last)) == [Appended(2, False)]  # another number, though not as float64
+    assert isinstance(append(store, item("z", number=last)), Conflict)
+    store.prune(0, 0)
+    assert isinstance(append(store, item("z", number=last)), Conflict)
+    append(store, item("x", number=1 << 62, peer="q"))
+    store.prune(0, 0)
+    assert isinstance(append(store, item("y", number=1 << 62, peer="q")), Conflict)
+    assert append(store, item("y", number=(1 << 62) + 1, peer="q")) == [Appended(4, False)]
+
+
+def test_any_bytes_are_kept(store):
+    content = bytes(range(256)) * 10 + b"\r\n\0"
+    kept = Item("group", "p", 1, bytes(range(32)), content)
+    assert append(store, kept) == [Appended(1, False)] and append(store, kept) == [Appended(1, True)]
+    assert store.read("a", [1])[0].envelope == content and store.damaged == 0
+
+
 def test_pruning_goes_in_steps(store, monkeypatch):
     monkeypatch.setattr(room, "PRUNE_STEP", 4)
     append(store, *(item(i) for i in range(10)))
@@ -138,26 +169,35 @@ OPERATIONS = st.lists(
 )
 
 
+def same_as_memory(other, operations):
+    memory = MemoryStore()
+    for now, (name, *arguments) in enumerate(operations):
+        results = []
+        for store in (memory, other):
+            if name == "append":
+                result = append(store, *(item(i, f"p{i % 3}", i + 1, size=7) for i in arguments[0]), now=now)
+                results.append(result.reason if isinstance(result, Conflict) else result)
+            else:
+                results.append(store.prune(*arguments))
+            results.append((store.bounds("a"), store.size(), store.scan("a", "group", 0, 50)))
+        assert results[:2] == results[2:]
+        assert memory.runs() == other.runs()
+        floor, head = memory.bounds("a").floor, memory.bounds("a").head
+        assert sequences(memory) == sequences(other) == list(range(floor, head + 1))
+    other.close()
+
+
 @given(OPERATIONS)
 @settings(max_examples=60)
-def test_both_stores_do_the_same(operations):
-    import tempfile
-
+def test_on_disk_all_is_as_in_memory(operations):
     with tempfile.TemporaryDirectory() as folder:
-        memory, disk = MemoryStore(), SqliteStore(folder)
-        for now, (name, *arguments) in enumerate(operations):
-            results = []
-            for store in (memory, disk):
-                if name == "append":
-                    result = append(store, *(item(i, f"p{i % 3}", i + 1, size=7) for i in arguments[0]), now=now)
-                    results.append(result.reason if isinstance(result, Conflict) else result)
-                else:
-                    results.append(store.prune(*arguments))
-                results.append((store.bounds("a"), store.size(), store.scan("a", "group", 0, 50)))
-            assert results[:2] == results[2:]
-            floor, head = memory.bounds("a").floor, memory.bounds("a").head
-            assert sequences(memory) == list(range(floor, head + 1))
-        disk.close()
+        same_as_memory(SqliteStore(folder), operations)
+
+
+@given(OPERATIONS)
+@settings(max_examples=40)
+def test_on_redis_all_is_as_in_memory(redis_server, operations):
+    same_as_memory(redis_server.empty_store(), operations)
 
 
 # ---- on disk

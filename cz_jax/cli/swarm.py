@@ -12,7 +12,10 @@ from cz_jax.cli import options, show
 
 def relay(
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 takes a free one.")],
-    data: Annotated[Path, typer.Option(metavar="DIR", help="The folder that keeps the log; made if need be.")],
+    data: Annotated[
+        str,
+        typer.Option(metavar="DIR", help="The folder that keeps the log, or redis://HOST:PORT/DB for several relays."),
+    ],
     tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM certificate (chain).")] = None,
     tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM private key of the certificate.")] = None,
     allow: Annotated[

@@ -1,6 +1,7 @@
 """What a relay does, without the wire: check and append a batch, read beyond a cursor, wait for what is new."""
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import Counter
@@ -52,7 +53,8 @@ class Refusal(Exception):
 class Log:
     """The relay's calls. Made and used in one event loop; `store` is read from threads and written to by `writer`.
 
-    `allow`: peer ids that may publish; None: any. `appended()` is called, in the writer's thread, after a commit.
+    `allow`: peer ids that may publish; None: any. `appended()` is called, in another thread, after a
+    commit.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Log:
             int(limits.retain_seconds * 1000), limits.retain_bytes,
         )  # fmt: skip
         self.writer.start()
+        store.follow(self._committed)
 
     @property
     def waiting(self) -> int:
@@ -116,7 +119,7 @@ class Log:
             code = "RESOURCE_EXHAUSTED" if e.reason == "too_many_runs" else "FAILED_PRECONDITION"
             raise Refusal(code, e.reason, e.detail) from None
         except StoreFailed as e:
-            raise Refusal("UNAVAILABLE", "store", f"nothing was kept: {e}") from None
+            raise Refusal("UNAVAILABLE", "store", f"nothing is acknowledged: {e}") from None
         return PublishReply(sequences=[r.sequence for r in results], duplicates=[r.duplicate for r in results])
 
     async def fetch(self, request: FetchRequest) -> FetchReply:
@@ -229,9 +232,9 @@ class Log:
         return found
 
     def _committed(self, keys: Iterable[tuple[str, str]]) -> None:
-        """Called by the writer's thread."""
+        """Called by the writer's thread, and by that of a store which other relays append to."""
         self._appended()
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._wake, keys)
 
     def _wake(self, keys: Iterable[tuple[str, str]]) -> None:

@@ -30,7 +30,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from cz_jax.errors import UserError, one_line
 from cz_jax.swarm.log import Limits, Log, Refusal
 from cz_jax.swarm.relay_pb2 import FetchRequest, PublishRequest
-from cz_jax.swarm.store import MemoryStore, SqliteStore, StoreFailed
+from cz_jax.swarm.store import MemoryStore, SqliteStore, Store, StoreFailed
 
 SERVICE = "cz.relay.v1.Relay"
 CALLS_GRACE, WRITE_GRACE = 4.0, 4.0  # seconds that a shutdown gives to calls under way, then to what they handed in
@@ -46,11 +46,12 @@ class RelayError(UserError):
 
 @dataclass(frozen=True)
 class RelayOptions:
-    """`listen`, `metrics` and `page` are HOST:PORT (port 0: any free one). `data`: the folder of the log; None keeps it
-    in memory. `allow`: a file with a peer id a line."""
+    """`listen`, `metrics` and `page` are HOST:PORT (port 0: any free one). `data`: the folder of the log, or the
+    redis:// or rediss:// address of a server that holds it; None keeps it in memory. `allow`: a file with a peer id a
+    line."""
 
     listen: str
-    data: pathlib.Path | None = None
+    data: pathlib.Path | str | None = field(default=None, repr=False)  # an address may hold a password
     tls_cert: pathlib.Path | None = None
     tls_key: pathlib.Path | None = None
     allow: pathlib.Path | None = None
@@ -171,7 +172,7 @@ class Relay:
         credentials = _credentials(o)
         allow = None if o.allow is None else read_allow_list(o.allow)
         _check_plaintext(host, credentials is not None, o.insecure, "--listen")
-        store = MemoryStore() if o.data is None else SqliteStore(o.data)
+        store, self._data = open_store(o.data, o.insecure)
         self.log = Log(store, o.limits, allow, self._store_failed, appended=self._appended)
         try:
             self.metrics = Metrics(self.log)
@@ -190,7 +191,7 @@ class Relay:
             self.log.close(WRITE_GRACE)
             raise
         self._say(
-            "serving", address=self.address, tls=credentials is not None, data=o.data, metrics=self.metrics_address,
+            "serving", address=self.address, tls=credentials is not None, data=self._data, metrics=self.metrics_address,
             **self._page_lines(),
         )  # fmt: skip
 
@@ -345,6 +346,27 @@ class RelayThread:
             self._ready.set()
         await self._stop.wait()
         await self.relay.stop()
+
+
+def open_store(data: pathlib.Path | str | None, insecure: bool) -> tuple[Store, str | None]:
+    """What `data` names, and that name without a password. RelayError or StoreError where it cannot be used."""
+    if data is None:
+        return MemoryStore(), None
+    scheme, mark, _ = str(data).partition("://")
+    if not mark:
+        return SqliteStore(data), str(data)
+    if scheme not in ("redis", "rediss"):
+        raise RelayError("--data is neither a folder nor the address of a Redis", "",
+                         "--data DIR, or --data redis://HOST:PORT/DB")  # fmt: skip
+    from cz_jax.swarm.redis_store import RedisStore, read_address
+
+    address = read_address(str(data))
+    if not (address.tls or insecure or is_loopback(address.host)):
+        raise RelayError(
+            f"--data {address} is not loopback, and without TLS everybody on the way can read along", "",
+            "--data rediss://HOST:PORT/DB, or --insecure to do without",
+        )  # fmt: skip
+    return RedisStore(address), str(address)
 
 
 def server_options(limits: Limits) -> list[tuple[str, int]]:

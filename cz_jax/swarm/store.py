@@ -1,8 +1,8 @@
-"""Where a relay keeps its logs: one interface, in memory or in SQLite.
+"""Where a relay keeps its logs: one interface, in memory or in SQLite; `redis_store` has one that relays share.
 
 A log is a run's envelopes under the sequences floor..head, without a gap. `append` is the only thing that writes
-content, and what it has returned from survives a power cut (SQLite). A store is written to by one thread; reading is
-allowed from others at the same time.
+content, and what it has returned from survives a power cut (not in memory). A store is written to by one thread of a
+relay; reading is allowed from others at the same time.
 """
 
 import fcntl
@@ -11,7 +11,7 @@ import pathlib
 import sqlite3
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,7 +27,7 @@ class StoreError(UserError):
 
 
 class StoreFailed(Exception):
-    """The store could not write or read: a full disk, a damaged file. Nothing of the call was kept."""
+    """The store could not write or read: a full disk, a damaged file, a server that is away."""
 
 
 class Conflict(Exception):
@@ -78,7 +78,8 @@ class Store(Protocol):
         """Appends each batch, whole or (Conflict) not at all, all of them with one write to disk.
 
         An item whose hash the run holds keeps the sequence it has. Conflict "replay": a number that the peer has
-        used for other content, or one at or below those that retention has dropped. StoreFailed: nothing was kept.
+        used for other content, or one at or below those that retention has dropped. StoreFailed: nothing of it may be
+        acknowledged; the same batches may be appended again.
         """
 
     def bounds(self, run: str) -> Bounds:
@@ -104,6 +105,9 @@ class Store(Protocol):
 
     def runs(self) -> list[tuple[str, Bounds, int]]:
         """(run, its bounds, bytes of its envelopes), by name."""
+
+    def follow(self, appended: Callable[[Sequence[tuple[str, str]]], None]) -> None:
+        """From now on calls `appended`, in a thread of its own, with each (run, kind) that another relay appends to."""
 
     def close(self) -> None: ...
 
@@ -144,7 +148,7 @@ class MemoryStore:
 
     def page(self, run: str, kind: str, after: int, most: int, most_bytes: int) -> tuple[list[Stored], int]:
         found = self._beyond(run, kind, after)[:most]
-        wanted = _within([(s, len(item.envelope)) for s, item, _ in found], most_bytes)
+        wanted = within([(s, len(item.envelope)) for s, item, _ in found], most_bytes)
         return [Stored(s, ms, item.envelope) for s, item, ms in found[: len(wanted)]], max([after, *wanted])
 
     def read(self, run: str, sequences: Sequence[int]) -> list[Stored]:
@@ -174,6 +178,9 @@ class MemoryStore:
             logs = sorted(self._logs.items())
             return [(run, Bounds(log.floor, log.floor + len(log.entries) - 1), log.bytes) for run, log in logs]
 
+    def follow(self, appended: Callable[[Sequence[tuple[str, str]]], None]) -> None:
+        pass  # there is no other relay
+
     def close(self) -> None:
         pass
 
@@ -189,7 +196,7 @@ class MemoryStore:
 
     def _append(self, run: str, items: Sequence[Item], now_ms: int) -> list[Appended] | Conflict:
         if run not in self._logs and len(self._logs) >= MAX_RUNS:
-            return _too_many_runs()
+            return too_many_runs()
         log = self._logs.get(run, _Log())
         fresh: dict[bytes, Item] = {}
         numbers = set()
@@ -198,7 +205,7 @@ class MemoryStore:
                 continue
             used = (item.peer, item.number) in log.numbers or (item.peer, item.number) in numbers
             if used or item.number <= log.dropped.get(item.peer, (0, 0))[0]:
-                return _replay(item)
+                return replay(item)
             fresh[item.hash] = item
             numbers.add((item.peer, item.number))
         self._logs[run] = log
@@ -307,7 +314,7 @@ class SqliteStore:
             "SELECT sequence, size FROM log WHERE run = (SELECT id FROM runs WHERE name = ?) AND kind = ? "
             "AND sequence > ? ORDER BY sequence LIMIT ?", run, kind, after, most,
         )  # fmt: skip
-        wanted = _within(sizes, most_bytes)
+        wanted = within(sizes, most_bytes)
         return self.read(run, wanted), max([after, *wanted])
 
     def read(self, run: str, sequences: Sequence[int]) -> list[Stored]:
@@ -355,6 +362,9 @@ class SqliteStore:
         rows = self._select("SELECT name, floor, head, bytes FROM runs ORDER BY name")
         return [(name, Bounds(floor, head), size) for name, floor, head, size in rows]
 
+    def follow(self, appended: Callable[[Sequence[tuple[str, str]]], None]) -> None:
+        pass  # another relay on this folder is refused
+
     def close(self) -> None:
         with self._lock:
             for db in self._opened:
@@ -368,7 +378,7 @@ class SqliteStore:
         row = db.execute("SELECT id, head FROM runs WHERE name = ?", (run,)).fetchone()
         if row is None:
             if db.execute("SELECT count(*) FROM runs").fetchone()[0] >= MAX_RUNS:
-                return _too_many_runs(), 0
+                return too_many_runs(), 0
             row = db.execute("INSERT INTO runs (name, floor, head, bytes) VALUES (?, 1, 0, 0)", (run,)).lastrowid, 0
         (run_id, head), grown, results = row, 0, []
         for item in items:
@@ -382,7 +392,7 @@ class SqliteStore:
                 (run_id, item.peer, item.number) * 2,
             ).fetchone()
             if used:
-                return _replay(item), 0
+                return replay(item), 0
             head += 1
             size = len(item.envelope)
             db.execute(
@@ -459,7 +469,7 @@ def _locked(path: pathlib.Path) -> int:
     return descriptor
 
 
-def _within(sizes: Sequence[tuple[int, int]], most_bytes: int) -> list[int]:
+def within(sizes: Sequence[tuple[int, int]], most_bytes: int) -> list[int]:
     """The leading sequences of (sequence, bytes) that take at most `most_bytes` together; the first in any case."""
     total, wanted = 0, []
     for sequence, size in sizes:
@@ -470,9 +480,9 @@ def _within(sizes: Sequence[tuple[int, int]], most_bytes: int) -> list[int]:
     return wanted
 
 
-def _replay(item: Item) -> Conflict:
+def replay(item: Item) -> Conflict:
     return Conflict("replay", f"number {item.number} of this peer stands for another message, or for one long dropped")
 
 
-def _too_many_runs() -> Conflict:
+def too_many_runs() -> Conflict:
     return Conflict("too_many_runs", f"the relay holds {MAX_RUNS} runs, its limit")

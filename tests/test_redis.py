@@ -293,12 +293,17 @@ def test_a_script_that_the_server_refuses_keeps_nothing(url, server):
         f"redis://user:{SECRET}@127.0.0.1:1/0",
         f"rediss://user:{SECRET}@127.0.0.1:1/0",
         f"redis://user:{SECRET}@127.0.0.1:70000/0",
+        f"REDIS://user:{SECRET}@127.0.0.1:1/0",
+        f"redis:/user:{SECRET}@127.0.0.1/0",
+        f"redis:{SECRET}",
     ],
 )
-def test_no_password_in_an_error(capfd, address):
+def test_no_password_in_an_error(capfd, address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert main(["relay", "--listen", "127.0.0.1:0", "--data", address]) == 2
     out, err = capfd.readouterr()
     assert err.count("\n") == 1 and "redis" in err.lower() and SECRET not in out + err and "hunter2" not in out + err
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_password_in_what_a_relay_says(redis_program, tmp_path):

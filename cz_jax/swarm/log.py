@@ -53,8 +53,8 @@ class Refusal(Exception):
 class Log:
     """The relay's calls. Made and used in one event loop; `store` is read from threads and written to by `writer`.
 
-    `allow`: peer ids that may publish; None: any. `appended()` is called, in another thread, after a
-    commit.
+    `allow`: peer ids that may publish; None: any. `appended()` is called after a commit, in another
+    thread.
     """
 
     def __init__(

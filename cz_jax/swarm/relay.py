@@ -352,10 +352,11 @@ def open_store(data: pathlib.Path | str | None, insecure: bool) -> tuple[Store, 
     """What `data` names, and that name without a password. RelayError or StoreError where it cannot be used."""
     if data is None:
         return MemoryStore(), None
-    scheme, mark, _ = str(data).partition("://")
-    if not mark:
+    scheme = str(data).partition(":")[0].lower()
+    redis = scheme in ("redis", "rediss")  # however it goes on: a folder's name is logged, and this may hold a password
+    if "://" not in str(data) and not redis:
         return SqliteStore(data), str(data)
-    if scheme not in ("redis", "rediss"):
+    if not redis:
         raise RelayError("--data is neither a folder nor the address of a Redis", "",
                          "--data DIR, or --data redis://HOST:PORT/DB")  # fmt: skip
     from cz_jax.swarm.redis_store import RedisStore, read_address

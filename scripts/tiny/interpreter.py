@@ -6,6 +6,7 @@ else: no import, no attribute beyond the methods named here, no class. Steps, re
 
 import ast
 import operator
+import warnings
 
 MAX_STEPS = 4000
 MAX_DEPTH = 60  # calls inside calls
@@ -61,7 +62,9 @@ class Program:
 
     def __init__(self, source: str):
         try:
-            tree = ast.parse(source)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a model's text may be odd
+                tree = ast.parse(source)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
             raise Rejected(str(e)) from None
         self._functions = {}

@@ -9,7 +9,7 @@ alone loads neither JAX nor a model library.
 
 from cz_jax.nouns import Group, Level, Outcome, Reward, Rollout, Round, Task, Verdict
 
-_VERBS = ("convert_model", "demo", "evaluate_model", "export_run", "judge_model", "train")
+_VERBS = ("convert_model", "evaluate_model", "export_run", "judge_model", "train")
 
 __all__ = [
     "Group",
@@ -22,6 +22,7 @@ __all__ = [
     "Verdict",
     "Config",
     "load_config",
+    "demo",
     *_VERBS,
 ]
 
@@ -31,6 +32,10 @@ def __getattr__(name):
         from cz_jax import build
 
         return getattr(build, name)
+    if name == "demo":
+        from cz_jax.local_swarm import demo
+
+        return demo
     if name == "load_config":
         from cz_jax.config import load
 

@@ -16,8 +16,8 @@ TASKS_AT_ONCE = 8
 def evaluate(
     solver: ModelSolver, evaluator: Evaluator, tasks: Sequence[Task], k: int, max_failed_share: float, say: Callable
 ) -> dict:
-    """{"average_at_k", "pass_at_k": {"k", "value", "low", "high"}, "n_tasks", "by_level", "by_source", "verdicts",
-    "left_out"}.
+    """{"average_at_k", "pass_at_k": {"k", "value", "low", "high"}, "n_tasks", "by_level", "by_source",
+    "success_by_task" (id -> share of its rollouts), "verdicts", "left_out"}.
 
     Every task gets k rollouts, the same ones whatever round it is: their keys come from the purpose "evaluate" and the
     task. Tasks with a prompt that does not fit, or with a FAILED verdict, are left out and counted.
@@ -40,11 +40,18 @@ def evaluate(
         "left_out": len(tasks) - len(whole),
     }
     if not whole:
-        return result | {"average_at_k": None, "pass_at_k": None, "by_level": {}, "by_source": {}}
+        return result | {
+            "average_at_k": None,
+            "pass_at_k": None,
+            "by_level": {},
+            "by_source": {},
+            "success_by_task": {},
+        }
     successes = [row for _, row in whole]
     return result | {
         "average_at_k": average_at_k(successes, k),
         "pass_at_k": pass_at_k_estimate(successes, k),
+        "success_by_task": {t.id: sum(row) / len(row) for t, row in whole},
         "by_level": {str(key): v for key, v in by_group([t.level for t, _ in whole], successes, k).items()},
         "by_source": by_group([t.source for t, _ in whole], successes, k),
     }

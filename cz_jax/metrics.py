@@ -36,6 +36,16 @@ def pass_at_k_estimate(successes: Sequence[Sequence[bool]], k: int) -> dict[str,
     return _estimate([pass_at_k(n, c, k) for n, c in _counts(successes, k)], k)
 
 
+def gain_estimate(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
+    """{"value", "low", "high"}: the mean over tasks of after - before, the same tasks in the same order: what the two
+    share by having the same tasks is no part of the interval. ValueError for no task or different lengths."""
+    if not before or len(before) != len(after):
+        raise ValueError(f"{len(before)} tasks before and {len(after)} after: the same ones, and at least one")
+    gains_N = np.asarray(after, np.float64) - np.asarray(before, np.float64)
+    low, high = _bootstrap(gains_N)
+    return {"value": float(gains_N.mean()), "low": low, "high": high}
+
+
 def by_group(keys: Sequence[Hashable], successes: Sequence[Sequence[bool]], k: int) -> dict[str, dict]:
     """{key: {"n_tasks", "average_at_k", "pass_at_k"}} for the tasks of each key (a level, a source), keys sorted as
     texts. ValueError where `keys` and `successes` differ in length."""
@@ -63,10 +73,16 @@ def _estimate(values: Sequence[float], k: int) -> dict[str, float]:
     if np.ptp(values_N) == 0.0:
         low, high = _wilson(value, len(values_N))
     else:
-        generator = np.random.default_rng(BOOTSTRAP_SEED)
-        draws = (values_N[generator.integers(len(values_N), size=len(values_N))].mean() for _ in range(RESAMPLES))
-        low, high = np.quantile(np.fromiter(draws, np.float64, RESAMPLES), [0.025, 0.975])
-    return {"k": k, "value": value, "low": min(float(low), value), "high": max(float(high), value)}
+        low, high = _bootstrap(values_N)
+    return {"k": k, "value": value, "low": min(low, value), "high": max(high, value)}
+
+
+def _bootstrap(values_N: np.ndarray) -> tuple[float, float]:
+    """The percentile bootstrap's 95% interval of the mean."""
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    draws = (values_N[generator.integers(len(values_N), size=len(values_N))].mean() for _ in range(RESAMPLES))
+    low, high = np.quantile(np.fromiter(draws, np.float64, RESAMPLES), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _wilson(p: float, n: int) -> tuple[float, float]:

@@ -14,8 +14,8 @@ import types
 import pytest
 
 import cz_jax
-from cz_jax import doctor
-from cz_jax.cli import show
+from cz_jax import doctor, local_swarm
+from cz_jax.cli import live, show
 from cz_jax.cli.main import command, main
 from cz_jax.errors import UserError
 
@@ -65,6 +65,7 @@ def build(monkeypatch):
         setattr(fake, name, verb(name))
     monkeypatch.setitem(sys.modules, "cz_jax.build", fake)
     monkeypatch.setattr(cz_jax, "build", fake, raising=False)
+    monkeypatch.setattr(local_swarm, "demo", fake.demo)
     monkeypatch.setitem(sys.modules, "cz_jax.bench", fake)
     return fake
 
@@ -133,7 +134,7 @@ def test_importing_the_package_is_light_too():
 
 
 def test_the_package_offers_the_verbs(build):
-    assert cz_jax.train is build.train and cz_jax.demo is build.demo
+    assert cz_jax.train is build.train and cz_jax.demo is local_swarm.demo
     from cz_jax.config import Config, load
 
     assert cz_jax.load_config is load and cz_jax.Config is Config
@@ -195,7 +196,7 @@ def test_a_defect_is_loud(build, capsys):
     with pytest.raises(RuntimeError, match="a defect"):
         main(["demo"])
     script = (
-        "import sys, types; b = sys.modules['cz_jax.build'] = types.ModuleType('b'); b.demo = lambda **k: 1 / 0;"
+        "import sys; from cz_jax import local_swarm; local_swarm.demo = lambda **k: 1 / 0;"
         "from cz_jax.cli.main import main; sys.exit(main())"
     )
     told = subprocess.run([sys.executable, "-c", script, "demo", "--json"], capture_output=True, text=True, timeout=60)
@@ -223,8 +224,8 @@ def test_ctrl_c_in_training_prints_the_command_that_goes_on(build, capsys, confi
 
 def test_a_real_sigint_ends_a_command_with_130(tmp_path):
     script = (
-        "import sys, types, time; b = sys.modules['cz_jax.build'] = types.ModuleType('b');"
-        "b.demo = lambda say, **k: (say('note', text='ready'), time.sleep(60));"
+        "import sys, time; from cz_jax import local_swarm;"
+        "local_swarm.demo = lambda say, **k: (say('note', text='ready'), time.sleep(60));"
         "from cz_jax.cli.main import main; sys.exit(main())"
     )
     child = subprocess.Popen([sys.executable, "-c", script, "demo"], stdout=-1, stderr=-1, text=True)
@@ -272,9 +273,10 @@ def test_eval_and_judge_take_settings(build, capsys):
 
 
 def test_the_other_verbs(build, capsys):
-    assert main(["demo", "--out", "d", "--rounds", "3", "--nodes", "2", "--json"]) == 0
+    assert main(["demo", "--out", "d", "--rounds", "3", "--nodes", "2", "--seed", "5", "--json"]) == 0
     named = build.calls[-1][2]
-    assert (named["out"], named["rounds"], named["nodes"]) == (pathlib.Path("d"), 3, 2)
+    del named["say"]
+    assert named == {"out": pathlib.Path("d"), "rounds": 3, "nodes": 2, "seed": 5}
     assert main(["convert", "hf", "out", "--dtype", "bfloat16", "--json"]) == 0
     assert build.calls[-1] == ("convert_model", (), {"hf_dir": "hf", "out": pathlib.Path("out"), "dtype": "bfloat16"})
     assert main(["export", "run", "out", "--json"]) == 0
@@ -312,8 +314,8 @@ def test_a_reader_that_leaves_early_is_quiet(tmp_path):
 
 def test_progress_that_nobody_reads_ends_the_command_quietly():
     script = (
-        "import sys, types, time; b = sys.modules['cz_jax.build'] = types.ModuleType('b');"
-        "b.demo = lambda say, **k: [(say('note', text='x' * 9999), time.sleep(0.01)) for _ in range(3000)];"
+        "import sys, time; from cz_jax import local_swarm;"
+        "local_swarm.demo = lambda say, **k: [(say('note', text='x' * 9999), time.sleep(0.01)) for _ in range(3000)];"
         "from cz_jax.cli.main import main; sys.exit(main())"
     )
     line = f'{sys.executable} -c "{script}" demo 2>&1 | head -c 100 >/dev/null; echo ${{PIPESTATUS[0]}}'
@@ -528,3 +530,54 @@ def test_compile_cache_folder(monkeypatch):
     assert doctor.compile_cache_folder("off") is None
     assert doctor.compile_cache_folder("auto") == pathlib.Path("/caches/cz-jax/xla")
     assert doctor.compile_cache_folder("here") == pathlib.Path("here")
+
+
+# ---- the view of a swarm
+
+ROUND = {"reward": 0.75, "reward_structure": 0.25, "reward_format": 0.2, "reward_correctness": 0.3, "level": 3}
+
+
+def swarm_events(say):
+    say("phase", source="node-1", name="roll_out")
+    for number, reward in ((1, 0.25), (2, 0.75)):
+        metrics = ROUND | {"reward": reward, "groups_external": 1, "tokens_per_second": 812.3}
+        say("round", source="node-1", number=number, of=60, metrics=metrics)
+    before = {"k": 8, "value": 0.25, "low": 0.2, "high": 0.3}
+    say("evaluated", source="node-1", when="before", n_tasks=40, average_at_k=before, pass_at_k=before | {"value": 0.5})
+    say("round", source="proposer", number=1, of=None, metrics={"level": 2, "proposals": 3})
+    say("phase", source="node-1", name="judge")
+
+
+def test_a_swarm_on_a_plain_terminal_is_a_line_a_round():
+    out, clock = io.StringIO(), [0.0]
+    say = live.SwarmProgress(out, live=False, now=lambda: clock[0])
+    swarm_events(say)
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("node-1  round 1/60  reward 0.25 (structure 0.25 format 0.2 correctness 0.3)  level 3")
+    assert lines[2] == (
+        "node-1  before (40 held-out tasks):  average@8 25.0% (20.0% to 30.0%)  pass@8 50.0% (20.0% to 30.0%)"
+    )
+    assert len(lines) == 3
+    clock[0] = 7.0
+    say.tick()
+    assert out.getvalue().splitlines()[3] == "node-1 judge 7 s"
+
+
+def test_a_swarm_on_a_terminal_is_a_table():
+    from rich.console import Console
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    say = live.SwarmProgress(Terminal(), live=True)
+    swarm_events(say)
+    console = Console(file=io.StringIO(), width=140)
+    console.print(say._table())
+    text = console.file.getvalue()
+    row = next(line for line in text.splitlines() if "node-1" in line).split()
+    assert row == ["node-1", "2/60", "0.75", "▁█", "0.25", "0.2", "0.3", "3", "25%", "812", "2", "judge"]
+
+
+def test_a_curve_has_its_least_and_greatest():
+    assert live.curve([0.0, 1.0, 0.5]) == "▁█▄" and live.curve([2.0, 2.0]) == "▁▁" and live.curve([1.0]) == ""

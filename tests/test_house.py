@@ -19,14 +19,14 @@ FLOORS = {
     2: {"convert", "sampling", "tasks", "checkpoint", "ledger", "swarm", "audit", "report", "doctor"},
     3: {"roles"},
     4: {"loop", "evaluate"},
-    5: {"build", "bench", "plan"},
+    5: {"build", "bench", "plan", "local_swarm"},
     6: {"cli", ""},  # "": cz_jax/__init__.py, which offers the verbs of build
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 SIDEWAYS = {  # edges within a floor, in an order that has no circle
     *{("config", "nouns"), ("config", "errors")},
     *{("grpo", "models"), ("grpo", "parallel"), ("models", "parallel"), ("rewards", "text"), ("evaluate", "loop")},
-    *{("report", "ledger"), ("bench", "build"), ("plan", "build"), ("plan", "bench")},
+    *{("report", "ledger"), ("bench", "build"), ("plan", "build"), ("plan", "bench"), ("local_swarm", "build")},
 }
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60

@@ -5,6 +5,7 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 
 from cz_jax.metrics import (
@@ -12,6 +13,7 @@ from cz_jax.metrics import (
     average_at_k,
     by_group,
     expected_calibration_error,
+    gain_estimate,
     judge_quality,
     pass_at_k,
     pass_at_k_estimate,
@@ -142,3 +144,17 @@ def test_judge_quality_says_none_where_there_is_nothing_to_measure():
 def test_judge_quality_refuses_what_is_no_probability(probabilities, labels):
     with pytest.raises(ValueError):
         judge_quality(probabilities, labels, 0.5)
+
+
+def test_a_gain_is_paired():
+    before, after = [0.0, 0.5, 1.0, 0.25], [0.25, 0.75, 1.0, 0.5]
+    gain = gain_estimate(before, after)
+    assert gain["value"] == pytest.approx(0.1875) and 0.0 <= gain["low"] <= 0.1875 <= gain["high"] <= 0.25
+    rng = np.random.default_rng(0)
+    tasks = rng.random(200)
+    wide = gain_estimate(tasks.tolist(), rng.permutation(tasks + 0.1).tolist())
+    narrow = gain_estimate(tasks.tolist(), (tasks + 0.1).tolist())
+    assert narrow["high"] - narrow["low"] < 1e-9 < wide["high"] - wide["low"]
+    for wrong in (([], []), ([0.5], [0.5, 0.5])):
+        with pytest.raises(ValueError, match="the same ones"):
+            gain_estimate(*wrong)

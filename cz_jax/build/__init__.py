@@ -2,6 +2,6 @@
 
 from cz_jax.build.models import convert_model, export_run
 from cz_jax.build.propose import propose
-from cz_jax.build.verbs import demo, evaluate_model, judge_model, train
+from cz_jax.build.verbs import evaluate_model, judge_model, train
 
-__all__ = ["convert_model", "demo", "evaluate_model", "export_run", "judge_model", "propose", "train"]
+__all__ = ["convert_model", "evaluate_model", "export_run", "judge_model", "propose", "train"]

@@ -1,4 +1,4 @@
-"""train, demo, evaluate_model, judge_model: what the command line calls, as functions."""
+"""train, evaluate_model, judge_model: what the command line calls, as functions."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from cz_jax.evaluate import evaluate
 from cz_jax.files import write_atomic
 from cz_jax.ledger import RunLedger
 from cz_jax.loop import Position, run
-from cz_jax.metrics import judge_quality
+from cz_jax.metrics import gain_estimate, judge_quality
 from cz_jax.nouns import Outcome, Round, Task
 from cz_jax.parallel import is_primary, wait_for_all
 from cz_jax.report import REPORT, Sinks, load_sinks, write_report
@@ -92,9 +92,9 @@ def _play(built: Built, position: Position, keeper: "Keeper", out: pathlib.Path,
     """The evaluation before, unless it is there, the rounds, and the result of the evaluation after."""
     evaluates = built.node.config.eval.before_and_after
     if evaluates and position.number == 0 and not (out / EVALUATIONS).exists():
-        _write_evaluations(out, {"before": _evaluate(built, say)})
+        _write_evaluations(out, {"before": _evaluate(built, "before", say)})
     run(built.node, position, keeper, say)
-    return _evaluate(built, say) if evaluates else None
+    return _evaluate(built, "after", say) if evaluates else None
 
 
 class Keeper:
@@ -198,11 +198,13 @@ def _may_change(key: str, config: Config) -> bool:
     return key.startswith(("eval.", "checkpoint.", "report.")) or key in ("run.compile_cache", *RELAY_KEYS)
 
 
-def _evaluate(built: Built, say) -> dict:
+def _evaluate(built: Built, when: str, say) -> dict:
     config = built.node.config
-    return evaluate(
+    result = evaluate(
         built.solver, built.evaluator, built.held_out, config.eval.k, config.evaluator.max_failed_share, say
     )
+    say("evaluated", when=when, **{key: result[key] for key in ("average_at_k", "pass_at_k", "n_tasks")})
+    return result
 
 
 def _write_evaluations(out: pathlib.Path, evaluations: dict) -> None:
@@ -228,6 +230,7 @@ def _finish(built: Built, ledger: RunLedger, out: pathlib.Path, started: float, 
         "reward_mean_first10": fmean(rewards[:10]) if rewards else None,
         "reward_mean_last10": fmean(rewards[-10:]) if rewards else None,
         **{f"{name}_{when}": value.get(key) for when, value in evaluations.items() for name, key in SCORES},
+        "avg_at_k_gain": _gain(evaluations),
         "level_history": [r["level"] for r in rounds],
         "groups_shared": sum(r["groups_own"] for r in rounds),
         "groups_used_from_peers": sum(r["groups_external"] for r in rounds),
@@ -250,28 +253,14 @@ def _finish(built: Built, ledger: RunLedger, out: pathlib.Path, started: float, 
     return summary
 
 
+def _gain(evaluations: dict) -> dict | None:
+    """What average@k gained over the run, on the tasks that both evaluations have."""
+    before, after = (evaluations.get(when, {}).get("success_by_task", {}) for when in ("before", "after"))
+    both = [task for task in before if task in after]
+    return gain_estimate([before[t] for t in both], [after[t] for t in both]) if both else None
+
+
 SCORES = (("avg_at_k", "average_at_k"), ("pass_at_k", "pass_at_k"), ("solve_rate_by_level", "by_level"))
-
-DEMO = {
-    "run": {"rounds": 8},
-    "proposer": {"max_new_tokens": 48, "max_tries": 1},
-    "sampling": {"max_new_tokens": 48},
-    "round": {"group_size": 4},
-    "optimizer": {"learning_rate": 1e-4},
-    "eval": {"k": 4, "max_tasks": 8},
-}
-
-
-def demo(out=None, rounds: int | None = None, nodes: int | None = None, say: Callable = quiet) -> dict:
-    """The whole loop on the embedded tiny model and the built-in tasks, on this machine's CPU; a new folder under runs/
-    unless `out` names one."""
-    if nodes not in (None, 1):
-        raise ConfigError(
-            f"--nodes {nodes}: the demo plays one node", "several nodes need a relay", "cz-jax demo --nodes 1"
-        )
-    config = from_dict(DEMO | ({"run": {"rounds": rounds}} if rounds else {}))
-    out = pathlib.Path(out) if out is not None else pathlib.Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    return train(config, out, False, say)
 
 
 def evaluate_model(

@@ -12,27 +12,28 @@ from cz_jax.cli import options, show
 def demo(
     out: Annotated[Path | None, typer.Option(help="The run folder; a new one otherwise.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="How many rounds each node plays.")] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="How many solver nodes there are.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, max=16, help="How many solver nodes there are.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=1_000_000, help="Of every random choice.")] = None,
     as_json: options.Json = False,
 ):
-    """Play the whole loop on a tiny embedded model.
+    """Play the whole loop in a swarm on this machine, with a tiny embedded model.
 
-    Runs on this machine's CPU within minutes and needs no network, account or configuration.
+    A relay, a proposer and two solver nodes, each a process, play 60 rounds on the CPU. It takes minutes and needs no
+    network, account or configuration. After Ctrl-C the same command with --out goes on.
 
     \b
     Example:
       cz-jax demo --rounds 40 --out runs/demo
     """
-    with show.progress() as say:
-        say("phase", name="loading JAX", expected=5)
-        from cz_jax.build import demo
+    from cz_jax.cli.live import SwarmProgress
+    from cz_jax.local_swarm import demo, folder_for
 
+    out = folder_for(out)
+    with show.progress(SwarmProgress) as say:
         try:
-            summary = demo(out=out, rounds=rounds, nodes=nodes, say=say)
+            summary = demo(out=out, rounds=rounds, nodes=nodes, seed=seed, say=say)
         except KeyboardInterrupt:
-            show.complain(
-                "interrupted; start again with: cz-jax demo" + (f" --out {shlex.quote(str(out))}" if out else "")
-            )
+            show.complain(f"interrupted; go on with: cz-jax demo --out {shlex.quote(str(out))}")
             raise typer.Exit(130) from None
     show.result(summary, as_json)
 

@@ -23,8 +23,9 @@ _ROUND_FIELDS = (("level", "level"), ("success", "success"), ("tokens_per_second
 class Progress:
     """What a running command says: `say(event, **fields)`, as a context manager.
 
-    Events: "phase" (name, expected: seconds), "round" (number, of, metrics), "note" (text), "done" (summary); another
-    event is printed as it comes. Plain lines, or on a terminal that can, a live status line under them. Thread-safe.
+    Events: "phase" (name, expected: seconds), "round" (number, of, metrics), "evaluated" (when, n_tasks, average_at_k,
+    pass_at_k), "note" (text), "done" (summary); another event is printed as it comes. Plain lines, or on a terminal
+    that can, a live status line under them. Thread-safe.
     """
 
     def __init__(self, stream=None, live: bool | None = None, now=time.monotonic):
@@ -56,6 +57,8 @@ class Progress:
                 self._rounds_seen = True
                 self._print(round_line(fields.get("number"), fields.get("of"), fields.get("metrics") or {}))
                 self._phase = ""
+            elif event == "evaluated":
+                self._print(evaluation_line(fields))
             elif event == "note":
                 self._print(str(fields.get("text", "")))
             elif event == "done":
@@ -109,9 +112,9 @@ class Progress:
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Progress]:
+def progress(kind: type[Progress] = Progress) -> Iterator[Progress]:
     """A Progress on stderr; until it ends, whatever a library prints to stdout goes to stderr too."""
-    with contextlib.redirect_stdout(sys.stderr), Progress() as say:
+    with contextlib.redirect_stdout(sys.stderr), kind() as say:
         yield say
 
 
@@ -196,6 +199,16 @@ def round_line(number, of, metrics: dict) -> str:
             value = brief(metrics[key])
             parts.append(f"{value} {label}" if label in ("tok/s", "s") else f"{label} {value}")
     return "  ".join(parts)
+
+
+def evaluation_line(fields: dict) -> str:
+    """average@k and pass@k of one evaluation on one line, with their intervals."""
+    said = [f"{fields['when']} ({fields['n_tasks']} held-out tasks):"]
+    for key, label in (("average_at_k", "average"), ("pass_at_k", "pass")):
+        if fields.get(key):
+            e = fields[key]
+            said.append(f"{label}@{e['k']} {e['value']:.1%} ({e['low']:.1%} to {e['high']:.1%})")
+    return "  ".join(said)
 
 
 def brief(value) -> str:

@@ -1,9 +1,11 @@
 """Task families: each makes a question, tests with literal values, right bodies, and inputs that tell a wrong one.
 
     python scripts/tiny/families.py OUT.jsonl [--split train|new_parts|new_families] [--count N] [--seed S]
+    python scripts/tiny/families.py --embedded
 
-writes tasks that `file:OUT.jsonl` reads. Every draw follows from its seed. Two kinds of tasks are held out: whole
-families (`HELD_OUT_FAMILIES`), and combinations of parts that a trained family is never seen with (`is_held_out`).
+The first writes tasks that `file:OUT.jsonl` reads, the second cz_jax/assets/tasks/tiny.jsonl. Every draw follows from
+its seed. Two kinds of tasks are held out: whole families (`HELD_OUT_FAMILIES`), and combinations of parts that a
+trained family is never seen with (`is_held_out`).
 """
 
 import argparse
@@ -46,6 +48,8 @@ FRAMES = (
 LOOP_VARIABLES = ("x", "i", "item")
 SPLITS = ("train", "new_parts", "new_families")
 INPUTS = 14  # inputs on which a body is compared with a right one
+EMBEDDED = pathlib.Path(__file__).resolve().parents[2] / "cz_jax" / "assets" / "tasks" / "tiny.jsonl"
+EMBEDDED_TRAIN, EMBEDDED_HELD_OUT = 600, 120  # tasks that come with cz_jax
 HELD_OUT_SHARE = 6  # one of so many combinations of parts is held out
 
 
@@ -227,19 +231,37 @@ def _same(a, b) -> bool:
     return type(a) is type(b) and a == b and (not isinstance(a, dict) or list(a) == list(b) or a == b)
 
 
+def some_tasks(split: str, count: int, seed: int) -> list[dict]:
+    """`count` different tasks of `split`, the levels in turn, as rows of a task file."""
+    rng, found = random.Random(f"{seed}/{split}"), {}
+    while len(found) < count:
+        task = draw(rng, split, 1 + len(found) % 5).task
+        row = {"level": task.level, "question": task.question, "entry_point": task.entry_point, "tests": task.tests}
+        found.setdefault(task.id, row)
+    return list(found.values())
+
+
+def embedded_rows() -> list[dict]:
+    """The tasks that come with cz_jax: for training, and held out because they combine parts as training never does."""
+    return [
+        {"split": name} | row
+        for name, split, count in (("train", "train", EMBEDDED_TRAIN), ("held_out", "new_parts", EMBEDDED_HELD_OUT))
+        for row in some_tasks(split, count, 0)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("out", type=pathlib.Path, nargs="?", default=EMBEDDED)
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--embedded", action="store_true", help="write the tasks that come with cz_jax")
     a = parser.parse_args()
-    rng = random.Random(f"{a.seed}/{a.split}")
-    with a.out.open("w", encoding="utf-8") as file:
-        for number in range(a.count):
-            task = draw(rng, a.split, 1 + number % 5).task
-            row = {"question": task.question, "tests": task.tests, "entry_point": task.entry_point, "level": task.level}
-            file.write(json.dumps(row) + "\n")
+    if a.embedded == (a.out != EMBEDDED):
+        parser.error("either OUT.jsonl or --embedded")
+    rows = embedded_rows() if a.embedded else some_tasks(a.split, a.count, a.seed)
+    a.out.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One model trained from scratch on sheets of text: first weights, losses, steps, stages."""
+"""A model trained on sheets of text: first weights, losses, steps, stages."""
 
 import pathlib
 import random
@@ -107,18 +107,11 @@ def schedule(peak: float, steps: int):
     return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, min(100, steps // 10)), max(2, steps), peak * 0.02)
 
 
-def run_stages(stages: tuple[Stage, ...], folder: pathlib.Path, seed: int) -> tuple[dict, dict]:
-    """(NumPy parameters of a model that went through `stages`, the last losses of each by kind of sheet). `folder`
-    holds the tokenizer. For a process of its own: it keeps about one core busy."""
+def train_stage(stage: Stage, params: dict | None, folder: pathlib.Path, seed: int) -> tuple[dict, dict]:
+    """(NumPy parameters after `stage`, its last losses by kind of sheet). `params`: to begin with, or None: first ones.
+    `folder` holds the tokenizer. For a process of its own: it keeps about one core busy."""
     tokenizer = load_tokenizer(folder, ARCH)
     choices = jnp.array([tokenizer.encode(f'{{"is_correct": {word}}}')[-2] for word in ("true", "false")])
-    params, logs = first_params(seed), {}
-    for stage in stages:
-        params, logs[stage.name] = run_stage(stage, params, folder, choices, seed)
-    return jax.tree.map(np.asarray, params), logs
-
-
-def run_stage(stage: Stage, params, folder: pathlib.Path, choices, seed: int) -> tuple[dict, dict]:
     begun = time.perf_counter()
     sheets = make_sheets(stage.sheets, f"{seed}/{stage.name}", stage.noise, folder)
     batches = batches_of(sheets, random.Random(f"{seed}/{stage.name}"), ARCH.vocab_size - 1)
@@ -126,7 +119,7 @@ def run_stage(stage: Stage, params, folder: pathlib.Path, choices, seed: int) ->
     text_seconds = time.perf_counter() - begun
     say(f"{stage.name}: {len(sheets)} sheets, {len(batches)} steps, {tokens} tokens; text {text_seconds:.0f} s")
     rate_at = schedule(stage.rate, len(batches))
-    params = jax.tree.map(jnp.array, params)  # a copy: a step takes its input apart
+    params = jax.tree.map(jnp.array, first_params(seed) if params is None else params)  # a step takes its input apart
     state = ADAMW.init(params)
     shares = jnp.array([stage.prompt_share, stage.mark_share])
     begun, last = time.perf_counter(), {}
@@ -142,7 +135,8 @@ def run_stage(stage: Stage, params, folder: pathlib.Path, choices, seed: int) ->
             told = ", ".join(_line(kind, *numbers) for kind, numbers in sorted(means.items()))
             say(f"  {stage.name} step {number}/{len(batches)} {time.perf_counter() - begun:.0f} s: {told}")
     names = ("loss", "prompt_loss", "mark_loss", "marks_right")
-    return params, {kind: dict(zip(names, numbers, strict=True)) for kind, numbers in last.items()}
+    log = {kind: dict(zip(names, numbers, strict=True)) for kind, numbers in last.items()}
+    return jax.tree.map(np.asarray, params), log
 
 
 def _line(kind: str, own: float, read: float, marks: float, told: float) -> str:

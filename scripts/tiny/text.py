@@ -16,10 +16,11 @@ from tiny.mutate import wrong_bodies
 
 LEVELS = (1, 2, 3, 4, 5)
 # How often a solver's training answer is a wrong one, by level; and how often a right or wrong one is badly written.
-WRONG_SHARE = {1: 0.35, 2: 0.40, 3: 0.45, 4: 0.50, 5: 0.55}
+WRONG_SHARE = {1: 0.20, 2: 0.25, 3: 0.40, 4: 0.45, 5: 0.55}
 UNTIDY_SHARE = 0.15
 PROPOSALS, ANSWERS = 4, 6  # continuations of a proposer's and of a judge's sheet
 NONE, WRONG, RIGHT = -1, 0, 1
+TELLING = 8.0  # weight of a token that says whether an answer is right, beside the others
 
 
 @dataclass
@@ -116,10 +117,10 @@ def judge_sheet(
         start = common_prefix([tokens for tokens, _ in whole])
         rows = []
         for (tokens, thoughts), (_, label) in zip(whole, labelled, strict=True):
-            weights = [0.0] * (len(tokens) - start) + [1.0] * (len(thoughts) - 1) + [share[label]]
-            rows.append(Continuation(tokens[start:] + thoughts, weights, [NONE] * len(weights)))
-        prompt = whole[0][0][:start]
-        return Sheet("reason", prompt, rows)
+            seen = len(tokens) - start
+            weights = [0.0] * seen + [w * (share[label] if w > 1.0 else 1.0) for w in thoughts.weights]
+            rows.append(Continuation(tokens[start:] + thoughts.tokens, weights, [NONE] * seen + thoughts.marks))
+        return Sheet("reason", whole[0][0][:start], rows)
     asked = [encode(code, VERDICT_TRUE if label else VERDICT_FALSE) for code, label in labelled]
     ways = [encode(code, VERDICT_TRUE) for code in item.right]
     closing, tail = _closing(tokenizer), common_suffix(encode("x", VERDICT_TRUE), encode("()", VERDICT_TRUE))
@@ -146,13 +147,22 @@ def _marks(code: list[int], ways: list[list[int]]) -> list[int]:
     return marks
 
 
-def _thoughts(tokenizer: ChatTokenizer, item: Item, code: str, label: bool) -> list[int]:
+def _thoughts(tokenizer: ChatTokenizer, item: Item, code: str, label: bool) -> Continuation:
     """What the judge says before its verdict: the right answer that is most like the code, and how they compare; then
-    the verdict up to its true or false."""
+    the verdict up to its true or false. Its marks tell where the two begin to differ."""
     like = max(item.right, key=lambda way: _alike(way, code))
-    said = f"It should be:\n{like}\nThat is {'the same' if label else 'different'}."
+    written, given = tokenizer.encode(like), tokenizer.encode(code)
+    same = common_prefix([written, given]) if label is False else len(written)
+    lead, close = tokenizer.encode("It should be:\n"), tokenizer.encode("\nThat is")
+    told = tokenizer.encode(" the same." if label else " different.")
     verdict = tokenizer.encode("\n" + (VERDICT_TRUE if label else VERDICT_FALSE))
-    return tokenizer.encode(said) + verdict[: len(verdict) - _closing(tokenizer)]
+    verdict = verdict[: len(verdict) - _closing(tokenizer)]
+    tokens = lead + written + close + told + verdict
+    marks = [RIGHT] * same + [WRONG] * (len(written) - same) + [RIGHT if label else WRONG] * len(close)
+    weights = [1.0] * (len(tokens) - len(told) - len(verdict)) + [TELLING] + [1.0] * (len(told) - 1)
+    weights += [1.0] * (len(verdict) - 1) + [TELLING]
+    rest = len(told) + len(verdict)
+    return Continuation(tokens, weights, [NONE] * len(lead) + marks + [NONE] * rest)
 
 
 def _alike(a: str, b: str) -> int:

@@ -2,10 +2,10 @@
 
     nice python scripts/tiny/train.py [OUT] [--seed S] [--scale X]
 
-OUT gets the speaker (proposer and solver), OUT/judge the judge, trained side by side in a process each. Both begin with
-clean text: the speaker with proposals and right answers, the judge with right answers and with marks on every token of
-right and wrong code. Then the speaker reads answers with deliberate noise, and the judge whole prompts with their
-verdicts. The same seed, versions and machine give the same weights. `--scale` shortens or lengthens all stages.
+OUT gets the speaker (proposer and solver), OUT/judge the judge. Both begin as one model that reads clean text:
+proposals and right answers. Then, side by side, the speaker reads answers with deliberate noise, and the judge learns
+to say what a right answer would be, how the given one compares with it, and its verdict. The same seed, versions and
+machine give the same weights. `--scale` shortens or lengthens all stages.
 """
 
 import argparse
@@ -33,21 +33,16 @@ import optax
 from cz_jax.convert.write import export_folder
 from cz_jax.models.spec import config_for_export
 from tiny.card import write_card
-from tiny.learn import ARCH, VOCABULARY, Stage, run_stages, say
+from tiny.learn import ARCH, VOCABULARY, Stage, say, train_stage
 from tiny.sheets import SHAPES
 from tiny.text import sample_texts
 from tiny.tokenizer import train_tokenizer, write_texts
 
 TOKENIZER_TASKS = 1500
-STAGES = {
-    "speaker": (
-        Stage("clean", {"propose": 1500, "solve": 16000}, 3e-3),
-        Stage("noisy", {"propose": 200, "solve": 2500}, 1e-3, noise=1.0),
-    ),
-    "judge": (
-        Stage("code", {"solve": 12000, "prefix": 2000}, 3e-3),
-        Stage("verdicts", {"judge": 3000, "reason": 200}, 2e-3),
-    ),
+CLEAN = Stage("clean", {"propose": 1500, "solve": 16000}, 3e-3)
+BRANCHES = {
+    "speaker": Stage("noisy", {"propose": 200, "solve": 2500}, 1e-3, noise=1.0),
+    "judge": Stage("verdicts", {"reason": 5000}, 2e-3, prompt_share=0.0),
 }
 
 
@@ -64,10 +59,11 @@ def train(out: pathlib.Path, seed: int, scale: float) -> None:
         write_texts(tokenizer, config_for_export(ARCH), texts)
         say(f"tokenizer of {VOCABULARY} tokens after {time.perf_counter() - begun:.0f} s")
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(len(STAGES), context) as pool:
+        with concurrent.futures.ProcessPoolExecutor(len(BRANCHES), context) as pool:
+            clean, log = pool.submit(train_stage, scaled(CLEAN, scale), None, texts, seed).result()
             running = {
-                role: pool.submit(run_stages, tuple(scaled(s, scale) for s in stages), texts, seed)
-                for role, stages in STAGES.items()
+                role: pool.submit(train_stage, scaled(stage, scale), clean, texts, seed)
+                for role, stage in BRANCHES.items()
             }
             done = {role: future.result() for role, future in running.items()}
         facts = {
@@ -75,7 +71,7 @@ def train(out: pathlib.Path, seed: int, scale: float) -> None:
             "seconds": round(time.perf_counter() - begun),
             "machine": f"{os.cpu_count()} cores ({platform.machine()}), without GPU",
             "versions": {"jax": jax.__version__, "optax": optax.__version__},
-            "losses": {role: logs for role, (_, logs) in done.items()},
+            "losses": {role: {CLEAN.name: log, BRANCHES[role].name: last} for role, (_, last) in done.items()},
         }
         if out.exists():
             shutil.rmtree(out)

@@ -1,0 +1,193 @@
+"""The demo: processes that are watched, stopped and reaped, and one whole swarm with Ctrl-C in between."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cz_jax import local_swarm
+from cz_jax.errors import ConfigError, RunStopped, UserError
+from cz_jax.local_swarm import Household, Seat, node_config
+
+# ---- children of the tests; a child process imports them by name
+
+
+def tells(event: str, **fields) -> None:
+    print(json.dumps({"event": event} | fields), file=sys.stderr, flush=True)
+
+
+def plays(rounds: int, folder: pathlib.Path) -> None:
+    print("a library's warning", file=sys.stderr)
+    for number in range(1, rounds + 1):
+        tells("round", number=number, of=rounds, metrics={"reward": 0.1})
+
+
+def fails(folder: pathlib.Path) -> None:
+    tells("phase", name="loading")
+    raise UserError("the relay's port is taken", "another relay?")
+
+
+def breaks(folder: pathlib.Path) -> None:
+    raise ZeroDivisionError("a defect")
+
+
+def waits(folder: pathlib.Path) -> None:
+    tells("serving", address="here")
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        (folder / "saved").touch()
+        raise
+
+
+def deaf(folder: pathlib.Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tells("serving", address="here")
+    time.sleep(60)
+
+
+# ---- the household
+
+
+def test_events_are_passed_on_with_their_source(tmp_path):
+    said = []
+    with Household(tmp_path, lambda event, **fields: said.append((event, fields))) as household:
+        seats = [household.start(f"node-{i}", plays, i, tmp_path) for i in (1, 2)]
+        household.watch(seats, needed=[])
+    rounds = [(fields["source"], fields["number"]) for event, fields in said if event == "round"]
+    assert sorted(rounds) == [("node-1", 1), ("node-2", 1), ("node-2", 2)]
+    assert "a library's warning" in (tmp_path / "logs" / "node-1.log").read_text()
+
+
+@pytest.mark.parametrize("work, words", [(fails, "the relay's port is taken"), (breaks, "ZeroDivisionError: a defect")])
+def test_a_process_that_ends_is_named_with_its_last_words(work, words, tmp_path):
+    with pytest.raises(RunStopped, match=f"node-1 ended: .*{words}.* see .*node-1.log"):
+        with Household(tmp_path, local_swarm.quiet) as household:
+            needed = household.start("relay", waits, tmp_path)
+            household.wait_for(needed, "serving", 30)
+            household.watch([household.start("node-1", work, tmp_path)], needed=[needed])
+    assert not needed.process.is_alive()
+
+
+def test_a_needed_process_that_ends_stops_the_others(tmp_path):
+    with pytest.raises(RunStopped, match="relay ended"):
+        with Household(tmp_path, local_swarm.quiet) as household:
+            relay, node = household.start("relay", plays, 0, tmp_path), household.start("node-1", waits, tmp_path)
+            household.wait_for(node, "serving", 30)
+            household.watch([node], needed=[relay])
+    assert not node.process.is_alive()
+
+
+def test_an_interrupt_reaches_every_process_once_and_nobody_outstays(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_swarm, "LEAVE_SECONDS", 1.0)
+    with pytest.raises(KeyboardInterrupt):
+        with Household(tmp_path, local_swarm.quiet) as household:
+            seats = [household.start("node-1", waits, tmp_path), household.start("node-2", deaf, tmp_path)]
+            for seat in seats:
+                household.wait_for(seat, "serving", 30)
+            raise KeyboardInterrupt
+    assert (tmp_path / "saved").exists()
+    assert [s.process.exitcode for s in seats] == [130, -signal.SIGKILL]
+
+
+def test_processes_leave_when_the_parent_is_killed(tmp_path):
+    script = (
+        "import pathlib, sys, time, test_local_swarm as t; from cz_jax.local_swarm import Household, quiet\n"
+        "if __name__ == '__main__':\n"
+        "    here = pathlib.Path(sys.argv[1])\n"
+        "    h = Household(here, quiet).__enter__(); s = h.start('n', t.waits, here)\n"
+        "    h.wait_for(s, 'serving', 30); print(s.process.pid, flush=True); time.sleep(60)\n"
+    )
+    path = tmp_path / "parent.py"
+    path.write_text(script)
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    }
+    parent = subprocess.Popen([sys.executable, path, tmp_path], stdout=subprocess.PIPE, text=True, env=env)
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 10
+    while pathlib.Path(f"/proc/{child}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert (tmp_path / "saved").exists() and not pathlib.Path(f"/proc/{child}").exists()
+
+
+def test_a_log_is_read_in_pieces(tmp_path):
+    log = tmp_path / "log"
+    log.write_text('{"event": "old"}\n')
+    seat = Seat("node-1", None, log, tmp_path)
+    with log.open("a") as file:
+        for text, events in (('{"event": "a"}\n{"ev', ["a"]), ('ent": "b"}\nplain\n[1]\n{"x": 1}\n', ["b"]), ("", [])):
+            file.write(text)
+            file.flush()
+            assert [e["event"] for e in seat.news()] == events
+    assert list(seat.last_lines) == ["plain", "[1]", '{"x": 1}']
+
+
+# ---- what is played
+
+
+def test_what_a_folder_holds_decides(tmp_path):
+    out = tmp_path / "demo"
+    setup = local_swarm._set_up(out, 5, None, None)
+    assert setup == {"rounds": 5, "nodes": local_swarm.NODES, "seed": 0}
+    assert local_swarm._set_up(out, None, None, None) == local_swarm._set_up(out, 5, None, 0) == setup
+    with pytest.raises(ConfigError, match="holds a demo with --rounds 5"):
+        local_swarm._set_up(out, 6, None, None)
+    (out / "summary.json").touch()
+    with pytest.raises(ConfigError, match="finished demo.*--out .*demo-2"):
+        local_swarm._set_up(out, None, None, None)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    for taken in (tmp_path / "other", tmp_path / "other" / "file"):
+        with pytest.raises(ConfigError, match="is not empty"):
+            local_swarm._set_up(taken, None, None, None)
+
+
+def test_nodes_differ_in_their_seed_and_the_proposer_alone_proposes():
+    setup = {"rounds": 7, "nodes": 2, "seed": 3}
+    configs = [node_config(setup, place, "127.0.0.1:7443") for place in range(3)]
+    assert [c.run.seed for c in configs] == [3000, 3001, 3002] and {c.run.rounds for c in configs} == {7}
+    assert [c.proposer.model for c in configs] == ["tiny", "none", "none"]
+    assert {(c.swarm.relay, c.evaluator.model) for c in configs} == {
+        ("127.0.0.1:7443", local_swarm.DEMO["evaluator"]["model"])
+    }
+
+
+# ---- the whole of it
+
+
+def test_a_demo_that_is_interrupted_goes_on_and_ends_with_everything(tmp_path):
+    out = tmp_path / "demo"
+    words = [pathlib.Path(sys.executable).with_name("cz-jax"), "demo", "--out", out, "--json"]
+    first = subprocess.Popen([*words, "--rounds", "3"], stdin=subprocess.DEVNULL, stdout=-1, stderr=-1, text=True)
+    lines = []
+    for line in first.stderr:
+        lines.append(line)
+        if "round 1/3" in line:
+            break
+    first.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    told, rest = first.communicate(timeout=60)
+    assert time.monotonic() - begun < 20
+    assert (first.returncode, told) == (130, ""), "".join(lines) + rest
+    assert f"interrupted; go on with: cz-jax demo --out {out}" in rest and "Traceback" not in rest
+    again = subprocess.run(words, capture_output=True, text=True, timeout=400, stdin=subprocess.DEVNULL)
+    assert again.returncode == 0, again.stderr
+    summary = json.loads(again.stdout)
+    assert (summary["rounds"], summary["nodes"], summary["seed"]) == (3, 2, 0)
+    for key in ("avg_at_k_before", "avg_at_k_after", "pass_at_k_before", "pass_at_k_after"):
+        assert summary[key]["low"] <= summary[key]["value"] <= summary[key]["high"] and summary[key]["k"] == 8
+    assert summary["groups_shared"] >= 12 and set(summary["by_node"]) == {"node-1", "node-2"}
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert (out / "report.html").read_bytes() == (out / summary["better_node"] / "report.html").read_bytes()
+    assert (pathlib.Path(summary["export_dir"]) / "model.safetensors").exists() and len(summary["next"]) == 3
+    for node in summary["by_node"]:
+        lines = (out / node / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["round"] for line in lines] == [1, 2, 3]

@@ -25,7 +25,7 @@ JUDGE = """\
 A Qwen2 model of {parameters:,} parameters ({layers} layers, width {hidden_size}, {vocab_size} tokens), trained from
 scratch to say whether code solves a task, through cz_jax's own judge prompt. It knows the task families of
 `scripts/tiny/table.py` and nothing else. The labels of its training answers come from how the families make right and
-wrong ones. Mode `direct` is what it is for; it has seen some of mode `reason`.
+wrong ones. It is made for mode `direct`.
 """
 TRAINING = """
 ## Training

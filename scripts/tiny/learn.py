@@ -1,5 +1,6 @@
 """A model trained on sheets of text: first weights, losses, steps, stages."""
 
+import dataclasses
 import pathlib
 import random
 import time
@@ -34,9 +35,10 @@ class Stage:
     noise: float = 0.0
     prompt_share: float = 0.3  # weights of the prompts' and the marks' loss beside the answers'
     mark_share: float = 1.0
+    extra_layers: int = 0  # put on top before this stage
 
 
-def first_params(seed: int) -> dict:
+def first_params(seed: int, arch: Arch = ARCH) -> dict:
     """Kernels by the width of their input, those that write into the residual stream smaller by depth."""
     rng = np.random.default_rng(seed)
 
@@ -46,18 +48,37 @@ def first_params(seed: int) -> dict:
         if w.path == ("embed",):
             scale = 0.05
         else:
-            scale = w.shape[-2] ** -0.5 * ((2 * ARCH.layers) ** -0.5 if w.path[1] in ("o", "down") else 1.0)
+            scale = w.shape[-2] ** -0.5 * ((2 * arch.layers) ** -0.5 if w.path[1] in ("o", "down") else 1.0)
         return jnp.asarray(scale * rng.standard_normal(w.shape), jnp.float32)
 
-    return tree_of(weights(ARCH), leaf)
+    return tree_of(weights(arch), leaf)
+
+
+def deepened(params: dict, extra: int, seed: int) -> dict:
+    """`params` with `extra` layers on top that at first change nothing: a prediction that the layers below have made
+    can then be compared with the token that came, which a model as deep as its prediction needs has no room for."""
+    fresh = first_params(seed, dataclasses.replace(arch_of(params), layers=arch_of(params).layers + extra))
+
+    def leaf(path, old, new):
+        if path[0].key != "layers":
+            return old
+        top = np.zeros_like(new[:extra]) if path[1].key in ("o", "down") else np.asarray(new[:extra])
+        return np.concatenate([old, top])
+
+    return jax.tree_util.tree_map_with_path(leaf, params, fresh)
+
+
+def arch_of(params: dict) -> Arch:
+    return dataclasses.replace(ARCH, layers=len(params["layers"]["attn_norm"]))
 
 
 def losses(params, batch, choices, only_last: bool):
     """(mean loss of the weighted tokens, of the prompts' tokens, of the marks, share of marks told right). A mark is
     read from the difference of the logits of true and false behind its token."""
-    prompt, suffix = qwen.shared_forward(ARCH, params, batch["prompts"], batch["lengths"], batch["rows"])
+    arch = arch_of(params)
+    prompt, suffix = qwen.shared_forward(arch, params, batch["prompts"], batch["lengths"], batch["rows"])
     hidden = qwen.predicting_hidden(prompt, batch["lengths"], suffix)
-    head, targets, weight = qwen.head_matrix(ARCH, params), batch["rows"], batch["weights"]
+    head, targets, weight = qwen.head_matrix(arch, params), batch["rows"], batch["weights"]
     if only_last:
         at = (batch["ends"] - 1)[..., None]
         hidden = jnp.take_along_axis(hidden, at[..., None], axis=2)
@@ -107,9 +128,18 @@ def schedule(peak: float, steps: int):
     return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, min(100, steps // 10)), max(2, steps), peak * 0.02)
 
 
-def train_stage(stage: Stage, params: dict | None, folder: pathlib.Path, seed: int) -> tuple[dict, dict]:
-    """(NumPy parameters after `stage`, its last losses by kind of sheet). `params`: to begin with, or None: first ones.
-    `folder` holds the tokenizer. For a process of its own: it keeps about one core busy."""
+def train_stages(stages: tuple[Stage, ...], params: dict | None, folder: pathlib.Path, seed: int) -> tuple[dict, dict]:
+    """(NumPy parameters after `stages`, the last losses of each by kind of sheet). `params`: to begin with, or None:
+    first ones. `folder` holds the tokenizer. For a process of its own: it keeps about one core busy."""
+    params, logs = first_params(seed) if params is None else params, {}
+    for stage in stages:
+        if stage.extra_layers:
+            params = deepened(params, stage.extra_layers, seed + 1)
+        params, logs[stage.name] = train_stage(stage, params, folder, seed)
+    return params, logs
+
+
+def train_stage(stage: Stage, params: dict, folder: pathlib.Path, seed: int) -> tuple[dict, dict]:
     tokenizer = load_tokenizer(folder, ARCH)
     choices = jnp.array([tokenizer.encode(f'{{"is_correct": {word}}}')[-2] for word in ("true", "false")])
     begun = time.perf_counter()
@@ -119,7 +149,7 @@ def train_stage(stage: Stage, params: dict | None, folder: pathlib.Path, seed: i
     text_seconds = time.perf_counter() - begun
     say(f"{stage.name}: {len(sheets)} sheets, {len(batches)} steps, {tokens} tokens; text {text_seconds:.0f} s")
     rate_at = schedule(stage.rate, len(batches))
-    params = jax.tree.map(jnp.array, first_params(seed) if params is None else params)  # a step takes its input apart
+    params = jax.tree.map(jnp.array, params)  # a copy: a step takes its input apart
     state = ADAMW.init(params)
     shares = jnp.array([stage.prompt_share, stage.mark_share])
     begun, last = time.perf_counter(), {}
@@ -136,7 +166,7 @@ def train_stage(stage: Stage, params: dict | None, folder: pathlib.Path, seed: i
             say(f"  {stage.name} step {number}/{len(batches)} {time.perf_counter() - begun:.0f} s: {told}")
     names = ("loss", "prompt_loss", "mark_loss", "marks_right")
     log = {kind: dict(zip(names, numbers, strict=True)) for kind, numbers in last.items()}
-    return jax.tree.map(np.asarray, params), log
+    return params, log
 
 
 def _line(kind: str, own: float, read: float, marks: float, told: float) -> str:

@@ -13,9 +13,8 @@ from tiny.text import LEVELS, NONE, Sheet, judge_sheet, propose_sheet, solve_she
 SHAPES = {
     "propose": (4, ((128, 96), (192, 144))),
     "solve": (16, ((112, 40), (176, 80))),
-    "prefix": (4, ((160, 48), (208, 72))),
-    "judge": (4, ((160, 84), (208, 112))),
-    "reason": (4, ((160, 128), (208, 160))),
+    "prefix": (8, ((160, 48), (208, 72))),
+    "judge": (8, ((160, 84), (208, 112))),
 }
 
 
@@ -26,7 +25,7 @@ def make_sheet(tokenizer: ChatTokenizer, kind: str, number: int, noise: float, s
         return propose_sheet(tokenizer, rng, level)
     if kind == "solve":
         return solve_sheet(tokenizer, rng, level, noise)
-    return judge_sheet(tokenizer, rng, level, {"judge": "direct"}.get(kind, kind))
+    return judge_sheet(tokenizer, rng, level, cut=kind == "prefix")
 
 
 def make_sheets(counts: dict[str, int], seed: str, noise: float, folder: pathlib.Path) -> list[Sheet]:

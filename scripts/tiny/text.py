@@ -18,9 +18,8 @@ LEVELS = (1, 2, 3, 4, 5)
 # How often a solver's training answer is a wrong one, by level; and how often a right or wrong one is badly written.
 WRONG_SHARE = {1: 0.20, 2: 0.25, 3: 0.40, 4: 0.45, 5: 0.55}
 UNTIDY_SHARE = 0.15
-PROPOSALS, ANSWERS = 4, 6  # continuations of a proposer's and of a judge's sheet
+PROPOSALS, ANSWERS = 4, 2  # continuations of a proposer's and of a judge's sheet
 NONE, WRONG, RIGHT = -1, 0, 1
-TELLING = 8.0  # weight of a token that says whether an answer is right, beside the others
 
 
 @dataclass
@@ -35,7 +34,7 @@ class Continuation:
 
 @dataclass
 class Sheet:
-    kind: str  # "propose", "solve", "prefix", "judge" or "reason"
+    kind: str  # "propose", "solve", "prefix" or "judge"
     prompt: list[int]
     rows: list[Continuation]
 
@@ -95,32 +94,18 @@ def labelled_answers(item: Item, rng: random.Random, count: int, others: tuple[I
     return [(code, True) for code in right] + [(code, False) for code in wrong]
 
 
-def judge_sheet(
-    tokenizer: ChatTokenizer, rng: random.Random, level: int, mode: str = "direct", count: int = ANSWERS
-) -> Sheet:
-    """Answers to one task under one nonce. Right and wrong ones weigh the same, however many there are of each.
-
-    `mode`: "direct", "reason", or "prefix": the direct prompt, cut where the code ends, with right code to be predicted
-    instead of a verdict."""
+def judge_sheet(tokenizer: ChatTokenizer, rng: random.Random, level: int, cut: bool = False) -> Sheet:
+    """Answers to one task under one nonce, with their verdicts. Right and wrong ones weigh the same, however many there
+    are of each. `cut`: the prompt ends where the code does, and right code is to be predicted instead of a verdict."""
     item = draw(rng, "train", level)
     others = (draw(rng, "train", level),)
-    labelled = labelled_answers(item, rng, count, others)
+    labelled = labelled_answers(item, rng, ANSWERS, others)
     nonce = f"{rng.getrandbits(32):08x}"
     share = {label: 0.5 * len(labelled) / max(1, sum(b == label for _, b in labelled)) for label in (True, False)}
 
     def encode(code: str, forced: str) -> list[int]:
-        asked_mode = "reason" if mode == "reason" else "direct"
-        return tokenizer.encode_chat(judge_messages(item.task, code, nonce, asked_mode), forced=forced)
+        return tokenizer.encode_chat(judge_messages(item.task, code, nonce), forced=forced)
 
-    if mode == "reason":
-        whole = [(encode(code, ""), _thoughts(tokenizer, item, code, label)) for code, label in labelled]
-        start = common_prefix([tokens for tokens, _ in whole])
-        rows = []
-        for (tokens, thoughts), (_, label) in zip(whole, labelled, strict=True):
-            seen = len(tokens) - start
-            weights = [0.0] * seen + [w * (share[label] if w > 1.0 else 1.0) for w in thoughts.weights]
-            rows.append(Continuation(tokens[start:] + thoughts.tokens, weights, [NONE] * seen + thoughts.marks))
-        return Sheet("reason", whole[0][0][:start], rows)
     asked = [encode(code, VERDICT_TRUE if label else VERDICT_FALSE) for code, label in labelled]
     ways = [encode(code, VERDICT_TRUE) for code in item.right]
     closing, tail = _closing(tokenizer), common_suffix(encode("x", VERDICT_TRUE), encode("()", VERDICT_TRUE))
@@ -129,13 +114,13 @@ def judge_sheet(
     rows = []
     for tokens, (_, label) in zip(asked, labelled, strict=True):
         code, rest = tokens[start : len(tokens) - tail], tokens[len(tokens) - tail : len(tokens) - closing]
-        if mode == "prefix":
+        if cut:
             rows.append(Continuation(code, [share[True] if label else 0.0] * len(code), _marks(code, ways)))
             continue
         marks = _marks(code, ways) + [NONE] * len(rest)
         weights = [0.0] * (len(code) + len(rest) - 1) + [share[label]]
         rows.append(Continuation(code + rest, weights, marks))
-    return Sheet("prefix" if mode == "prefix" else "judge", asked[0][:start], rows)
+    return Sheet("prefix" if cut else "judge", asked[0][:start], rows)
 
 
 def _marks(code: list[int], ways: list[list[int]]) -> list[int]:
@@ -145,29 +130,6 @@ def _marks(code: list[int], ways: list[list[int]]) -> list[int]:
         ways = [way for way in ways if at < len(way) and way[at] == token]
         marks.append(RIGHT if ways else WRONG)
     return marks
-
-
-def _thoughts(tokenizer: ChatTokenizer, item: Item, code: str, label: bool) -> Continuation:
-    """What the judge says before its verdict: the right answer that is most like the code, and how they compare; then
-    the verdict up to its true or false. Its marks tell where the two begin to differ."""
-    like = max(item.right, key=lambda way: _alike(way, code))
-    written, given = tokenizer.encode(like), tokenizer.encode(code)
-    same = common_prefix([written, given]) if label is False else len(written)
-    lead, close = tokenizer.encode("It should be:\n"), tokenizer.encode("\nThat is")
-    told = tokenizer.encode(" the same." if label else " different.")
-    verdict = tokenizer.encode("\n" + (VERDICT_TRUE if label else VERDICT_FALSE))
-    verdict = verdict[: len(verdict) - _closing(tokenizer)]
-    tokens = lead + written + close + told + verdict
-    marks = [RIGHT] * same + [WRONG] * (len(written) - same) + [RIGHT if label else WRONG] * len(close)
-    weights = [1.0] * (len(tokens) - len(told) - len(verdict)) + [TELLING] + [1.0] * (len(told) - 1)
-    weights += [1.0] * (len(verdict) - 1) + [TELLING]
-    rest = len(told) + len(verdict)
-    return Continuation(tokens, weights, [NONE] * len(lead) + marks + [NONE] * rest)
-
-
-def _alike(a: str, b: str) -> int:
-    """Characters that the two share at their beginning and at their end."""
-    return common_suffix(a, b) + common_suffix(a[::-1], b[::-1])
 
 
 def common_suffix(a, b) -> int:

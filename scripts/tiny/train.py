@@ -3,9 +3,10 @@
     nice python scripts/tiny/train.py [OUT] [--seed S] [--scale X]
 
 OUT gets the speaker (proposer and solver), OUT/judge the judge. Both begin as one model that reads clean text:
-proposals and right answers. Then, side by side, the speaker reads answers with deliberate noise, and the judge learns
-to say what a right answer would be, how the given one compares with it, and its verdict. The same seed, versions and
-machine give the same weights. `--scale` shortens or lengthens all stages.
+proposals and right answers. Then, side by side, the speaker reads answers with deliberate noise; and the judge, two
+layers deeper, reads right and wrong answers and says behind each of their tokens whether a right answer begins so, and
+then whole prompts with their verdicts. The same seed, versions and machine give the same weights. `--scale` shortens or
+lengthens all stages.
 """
 
 import argparse
@@ -33,22 +34,27 @@ import optax
 from cz_jax.convert.write import export_folder
 from cz_jax.models.spec import config_for_export
 from tiny.card import write_card
-from tiny.learn import ARCH, VOCABULARY, Stage, say, train_stage
+from tiny.learn import ARCH, VOCABULARY, Stage, arch_of, say, train_stages
 from tiny.sheets import SHAPES
 from tiny.text import sample_texts
 from tiny.tokenizer import train_tokenizer, write_texts
 
 TOKENIZER_TASKS = 1500
-CLEAN = Stage("clean", {"propose": 1500, "solve": 16000}, 3e-3)
+CLEAN = (Stage("clean", {"propose": 1500, "solve": 16000}, 3e-3),)
 BRANCHES = {
-    "speaker": Stage("noisy", {"propose": 200, "solve": 2500}, 1e-3, noise=1.0),
-    "judge": Stage("verdicts", {"reason": 5000}, 2e-3, prompt_share=0.0),
+    "speaker": (Stage("noisy", {"propose": 200, "solve": 2500}, 1e-3, noise=1.0),),
+    "judge": (
+        Stage("marks", {"prefix": 11000, "solve": 1600}, 6e-4, prompt_share=0.05, mark_share=3.0, extra_layers=2),
+        Stage("verdicts", {"judge": 3000}, 5e-4, prompt_share=0.0, mark_share=3.0),
+    ),
 }
 
 
-def scaled(stage: Stage, scale: float) -> Stage:
-    sheets = {kind: max(SHAPES[kind][0] * 4, int(count * scale)) for kind, count in stage.sheets.items()}
-    return dataclasses.replace(stage, sheets=sheets)
+def scaled(stages: tuple[Stage, ...], scale: float) -> tuple[Stage, ...]:
+    def sheets(stage: Stage) -> dict[str, int]:
+        return {kind: max(SHAPES[kind][0] * 4, int(count * scale)) for kind, count in stage.sheets.items()}
+
+    return tuple(dataclasses.replace(stage, sheets=sheets(stage)) for stage in stages)
 
 
 def train(out: pathlib.Path, seed: int, scale: float) -> None:
@@ -60,10 +66,10 @@ def train(out: pathlib.Path, seed: int, scale: float) -> None:
         say(f"tokenizer of {VOCABULARY} tokens after {time.perf_counter() - begun:.0f} s")
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(len(BRANCHES), context) as pool:
-            clean, log = pool.submit(train_stage, scaled(CLEAN, scale), None, texts, seed).result()
+            clean, log = pool.submit(train_stages, scaled(CLEAN, scale), None, texts, seed).result()
             running = {
-                role: pool.submit(train_stage, scaled(stage, scale), clean, texts, seed)
-                for role, stage in BRANCHES.items()
+                role: pool.submit(train_stages, scaled(stages, scale), clean, texts, seed)
+                for role, stages in BRANCHES.items()
             }
             done = {role: future.result() for role, future in running.items()}
         facts = {
@@ -71,13 +77,14 @@ def train(out: pathlib.Path, seed: int, scale: float) -> None:
             "seconds": round(time.perf_counter() - begun),
             "machine": f"{os.cpu_count()} cores ({platform.machine()}), without GPU",
             "versions": {"jax": jax.__version__, "optax": optax.__version__},
-            "losses": {role: {CLEAN.name: log, BRANCHES[role].name: last} for role, (_, last) in done.items()},
+            "losses": {role: log | logs for role, (_, logs) in done.items()},
         }
         if out.exists():
             shutil.rmtree(out)
         for role, (params, _) in done.items():
             where = out if role == "speaker" else out / role
-            export_folder(params, ARCH, texts, where, write_card(role, ARCH, facts), jnp.bfloat16)
+            arch = arch_of(params)
+            export_folder(params, arch, texts, where, write_card(role, arch, facts), jnp.bfloat16)
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     say(f"done after {facts['seconds']} s: {out}")
 

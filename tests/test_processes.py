@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from test_run import lines, small, timeless, wait_until
+from test_run import QUICK, lines, small, timeless, wait_until
 
 from cz_jax.config import to_toml
 from cz_jax.errors import ConfigError
@@ -155,19 +155,18 @@ def test_where_a_process_is_placed(monkeypatch):
 def launch(config, out, cache, *more, processes=2):
     """The processes of one run, one device each."""
     address = free_address()
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # each launch but the first finds its programs there
     words = [sys.executable, "-c", "from cz_jax.cli.main import program; program()", "train", str(config)]
     words += [f"run.compile_cache={cache}", "--out", str(out), *more]
     together = ["--coordinator", address, "--processes", str(processes), "--process"]
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return [subprocess.Popen([*words, *together, str(i)], env=env, **quiet) for i in range(processes)]
+    return [subprocess.Popen([*words, *together, str(i)], env=os.environ | QUICK, **quiet) for i in range(processes)]
 
 
 def test_a_killed_and_a_preempted_process_change_nothing(tmp_path):
     config = small(
-        run={"rounds": 8}, eval={"before_and_after": False}, checkpoint={"every": 3}, mesh={"data": 2, "fsdp": -1}
-    )
+        run={"rounds": 8}, eval={"before_and_after": False}, checkpoint={"every": 3}, mesh={"data": 2, "fsdp": -1},
+        proposer={"model": "none"},
+    )  # fmt: skip
     path, whole, out, cache = (tmp_path / n for n in ("config.toml", "whole", "out", "cache"))
     path.write_text(to_toml(config))
     for p in launch(path, whole, cache):

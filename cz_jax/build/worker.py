@@ -27,20 +27,20 @@ def sigterm_preempts(raising: bool) -> Iterator[Callable[[], bool]]:
     """While the block lasts, gives a function that tells whether SIGTERM came, and with `raising` the first one raises
     Preempted in it. Later ones do not disturb it: a machine that shuts down may send several. Only in the main thread,
     as Python has it; elsewhere it changes nothing."""
-    came = threading.Event()
+    came: list[int] = []  # not an Event, whose lock a signal in the middle of a signal would wait for
     if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
+        yield lambda: False
         return
 
     def preempt(number, frame):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        came.set()
-        if raising:
-            raise Preempted
+        if not came:
+            came.append(number)
+            if raising:
+                raise Preempted
 
     before = signal.signal(signal.SIGTERM, preempt)
     try:
-        yield came.is_set
+        yield lambda: bool(came)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -54,13 +54,13 @@ def run_interruptibly(
     saved: it `is_whole()`, and no update is under way, which gets some seconds to finish. The thread may still be
     computing then. `stops()` is asked at every phase; True stops the work there and raises Preempted.
     """
-    stop, phase, outcome = threading.Event(), {}, {}
+    stop, ended, phase, outcome = threading.Event(), threading.Event(), {}, {}
 
     def reporting(event: str, **fields):
         if event in ("phase", "round"):
+            phase["name"] = fields.get("name")  # before it is asked: an interrupt that comes in between sees an update
             if stop.is_set() or (stops is not None and stops()):
                 raise _Stopped
-            phase["name"] = fields.get("name")
         say(event, **fields)
 
     def body():
@@ -68,18 +68,19 @@ def run_interruptibly(
             outcome["result"] = work(reporting)
         except BaseException as e:
             outcome["error"] = e
+        ended.set()
 
-    thread = threading.Thread(target=body, name="rounds", daemon=True)
+    threading.Thread(target=body, name="rounds", daemon=True).start()
     try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
+        while not ended.wait(POLL_SECONDS):  # not Thread.join: interrupted, it takes the thread for ended
+            pass
     except KeyboardInterrupt as e:
         stop.set()
         until = time.monotonic() + (PREEMPTED_SECONDS if isinstance(e, Preempted) else GRACE_SECONDS)
-        thread.join(POLL_SECONDS)
-        while thread.is_alive() and time.monotonic() < until and not (is_whole() and phase.get("name") != UPDATE):
-            thread.join(POLL_SECONDS)
+        ended.wait(POLL_SECONDS)
+        while time.monotonic() < until and not (is_whole() and phase.get("name") != UPDATE):
+            if ended.wait(POLL_SECONDS):
+                break
         raise
     if isinstance(outcome.get("error"), _Stopped):
         raise Preempted

@@ -19,7 +19,7 @@ from cz_jax.config import Config, changed_keys, from_dict, to_toml
 from cz_jax.difficulty import LevelState
 from cz_jax.errors import CheckpointError, ConfigError, Preempted, TaskError
 from cz_jax.evaluate import evaluate
-from cz_jax.files import write_atomic
+from cz_jax.files import local_folder, write_atomic
 from cz_jax.ledger import RunLedger
 from cz_jax.loop import Position, run
 from cz_jax.metrics import judge_quality
@@ -48,7 +48,7 @@ def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> d
     stands. UserError for bad input. KeyboardInterrupt (Preempted for SIGTERM) is passed on after saving the last
     finished round.
     """
-    out = pathlib.Path(out)
+    out = local_folder(out)
     primary = is_primary()
     say = say if primary else quiet
     if primary:

@@ -27,6 +27,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from cz_jax.errors import UserError, one_line
+from cz_jax.files import local_folder
 from cz_jax.swarm.log import Limits, Log, Refusal
 from cz_jax.swarm.relay_pb2 import FetchRequest, PublishRequest
 from cz_jax.swarm.store import MemoryStore, SqliteStore, StoreFailed
@@ -169,7 +170,7 @@ class Relay:
         credentials = _credentials(o)
         allow = None if o.allow is None else read_allow_list(o.allow)
         _check_plaintext(host, credentials is not None, o.insecure, "--listen")
-        store = MemoryStore() if o.data is None else SqliteStore(o.data)
+        store = MemoryStore() if o.data is None else SqliteStore(local_folder(o.data))
         self.log = Log(store, o.limits, allow, lambda text: self._say("store_failed", detail=one_line(text, 200)))
         try:
             self.metrics = Metrics(self.log)

@@ -40,6 +40,10 @@ class RunStopped(UserError):
     """A run that stopped itself because going on would have trained on nonsense; the reason is the message."""
 
 
+class Preempted(KeyboardInterrupt):
+    """SIGTERM: somebody takes the machine away, and the run is to be saved and gone on with later."""
+
+
 def one_line(text: str, limit: int = 600) -> str:
     """`text` on one line, control characters shown as escapes, cut in the middle beyond `limit` characters."""
     flat = " ".join(text.split())

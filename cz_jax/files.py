@@ -2,7 +2,23 @@
 
 import os
 import pathlib
+import re
 import threading
+
+from cz_jax.errors import ConfigError
+
+
+def local_folder(path: str | os.PathLike) -> pathlib.Path:
+    """`path` as a folder of this machine. ConfigError for a URL: gs://x would be a folder named `gs:`."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        url = re.sub(r":/+", "://", str(path), count=1)
+        raise ConfigError(
+            f"{url} is no folder of this machine",
+            "runs, models and logs are written to local folders, because files there can be locked and made durable",
+            f"runs/{pathlib.PurePosixPath(url).name}, copied with gcloud storage rsync --recursive (tpu/run does where "
+            "BUCKET is set)",
+        )
+    return pathlib.Path(path)
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:

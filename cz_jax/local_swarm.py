@@ -21,7 +21,7 @@ from statistics import fmean
 
 from cz_jax.config import Config, from_dict
 from cz_jax.errors import ConfigError, RunStopped, UserError, one_line
-from cz_jax.files import write_atomic
+from cz_jax.files import local_folder, write_atomic
 from cz_jax.ledger import METRICS, SUMMARY
 from cz_jax.report import REPORT
 
@@ -78,7 +78,7 @@ def demo(
 
 def folder_for(out) -> pathlib.Path:
     """`out` as a path, or a new folder under runs/."""
-    return pathlib.Path(out) if out is not None else pathlib.Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+    return local_folder(out) if out is not None else pathlib.Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
 
 
 def node_config(setup: dict, place: int, relay: str) -> Config:

@@ -5,7 +5,6 @@ and `tensor` (heads, feed-forward and vocabulary split). Batches split over data
 """
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -28,32 +27,6 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-HEARTBEAT_SECONDS = 30  # after which a process that died ends the others
-
-
-def join_processes(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Makes this process one of several of a run; to be called before any device is asked for.
-
-    coordinator: "host:port" of process 0, with `processes` of them, this one being number `process`. All None: what a
-    slice of several TPU hosts says of itself, and nothing at all on one host. ConfigError where they cannot meet.
-    """
-    told = (coordinator, processes, process)
-    if told == (None, None, None) and "," not in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        return
-    if None in told and any(t is not None for t in told):
-        raise ConfigError(
-            "--coordinator, --processes and --process go together",
-            "",
-            "--coordinator 10.0.0.1:8476 --processes 2 --process 0",
-        )
-    try:
-        jax.distributed.initialize(*told, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except (RuntimeError, ValueError) as e:
-        raise ConfigError(
-            f"the processes of this run do not meet: {e}", "another address, or a process missing?"
-        ) from None
-
-
 def is_primary() -> bool:
     """Whether this process speaks for the run: it alone writes files, reports progress and talks to the swarm."""
     return jax.process_index() == 0
@@ -65,6 +38,15 @@ def wait_for_all(reason: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(reason)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is set in any process; all of them ask at the same point, and get the same answer."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence | None = None) -> Mesh:

@@ -203,6 +203,28 @@ def test_a_defect_is_loud(build, capsys):
     assert told.returncode == 1 and "ZeroDivisionError" in told.stderr and told.stdout == ""
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["demo", "--out", "gs://bucket/x"],
+        ["train", str(ROOT / "configs/cpu.toml"), "--out", "gs://bucket/x", "--resume"],
+        ["propose", str(ROOT / "configs/cpu.toml"), "swarm.relay=127.0.0.1:1", "--out", "s3://bucket/x"],
+        ["export", "runs/none", "gs://bucket/x"],
+        ["convert", "tiny", "gs://bucket/x"],
+        ["demo", "--out", "file:///tmp/x"],
+    ],
+    ids=" ".join,
+)
+def test_a_url_is_no_folder_to_write_to(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    complaint = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cz-jax: ")]
+    assert len(complaint) == 1 and "://" in complaint[0] and "is no folder of this machine" in complaint[0]
+    assert "Try: runs/x" in complaint[0] and not list(tmp_path.iterdir())
+    assert main(["relay", "--listen", "127.0.0.1:0", "--data", "gs://bucket/x"]) == 2
+    assert "neither a folder nor the address of a Redis" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("words", [["demo"], ["export", "a", "b"], ["bench", "rollout"]], ids=" ".join)
 def test_ctrl_c(build, capsys, words):
     build.result = KeyboardInterrupt()

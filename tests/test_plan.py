@@ -218,7 +218,10 @@ def test_modes_of_judging_cost_differently():
 def test_following_the_advice_fits(config, topology):
     value = plan(config, topology, compiled=False)
     assert not value["fits"] and value["bytes_per_device"]["total"] > value["hbm_bytes"]
-    advice = value["advice"]
+    following_fits(config, value["advice"], topology)
+
+
+def following_fits(config, advice, topology):
     if "topology" in advice:
         return plan_fits(config, advice["topology"], advice["total"])
     data = config.model_dump(mode="json", exclude_none=True)
@@ -227,6 +230,39 @@ def test_following_the_advice_fits(config, topology):
         section, _, key = name.partition(".")
         data[section][key] = type(data[section][key])(text)
     return plan_fits(from_dict(data), topology, advice["total"])
+
+
+NEAREST = {  # what it takes, from the nearest change on, where the ones before it do not suffice
+    "grpo.micro_batch_tokens": whole(
+        "Qwen/Qwen2.5-Coder-0.5B-Instruct", grpo={"micro_batch_tokens": 65536}, round={"dataset_tasks": 16},
+    ),
+    "grpo.remat": whole(
+        "Qwen/Qwen2.5-Coder-0.5B-Instruct", grpo={"micro_batch_tokens": 1024, "remat": "none"},
+        sampling={"max_prompt_tokens": 2048, "max_new_tokens": 1024, "max_sequences": 8},
+    ),
+    "mesh.fsdp": whole("Qwen/Qwen2.5-Coder-1.5B-Instruct", mesh={"data": 8, "fsdp": 1}),
+    "lora.rank": whole(
+        "Qwen/Qwen3-4B", solver={"model": "Qwen/Qwen3-4B", "param_dtype": "bfloat16", "compute_dtype": "bfloat16"},
+        optimizer={"moments_dtype": "bfloat16"}, sampling={"max_sequences": 8}, grpo={"micro_batch_tokens": 1024},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NEAREST)
+def test_each_kind_of_advice_is_given_alone_and_fits(key):
+    topology = "v5e-8" if key.startswith("mesh") else "gpu-24gb"
+    value = plan(NEAREST[key], topology, compiled=False)
+    words = (value["advice"] or {}).get("settings", [])
+    assert not value["fits"] and {w.split(".")[0] for w in words} == {key.split(".")[0]}, value
+    assert any(w.startswith(key + "=") for w in words)
+    following_fits(NEAREST[key], value["advice"], topology)
+
+
+@pytest.mark.parametrize("topology", TARGETS)
+def test_every_topology_counts_a_small_config_and_names_its_devices(topology):
+    value = plan(load(CONFIGS / "cpu.toml", ["mesh.data=1", "mesh.fsdp=-1"]), topology, compiled=False)
+    assert value["fits"] and value["devices"] == np.prod(list(value["mesh"].values())), value
+    assert value["devices"] % value["hosts"] == 0 and value["seconds_estimate"] > 0
 
 
 def plan_fits(config, topology, total):

@@ -135,10 +135,17 @@ def test_more_rounds_may_be_asked_for_but_not_under_a_falling_schedule(finished,
         )
 
 
-def child(config_path, out, *more):
+QUICK = {  # to compile quickly, and only once for all runs with the same run.compile_cache
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+
+
+def child(config_path, out, *more, **variables):
     words = [sys.executable, "-c", "from cz_jax.cli.main import program; program()"]
     words += ["train", str(config_path), "--out", str(out), *more]
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"} | variables
     return subprocess.Popen(
         words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env
     )
@@ -170,6 +177,35 @@ def test_five_kills_at_random_moments_change_nothing(tmp_path):
     assert digests[0] == digests[1]
 
 
+def test_sigterm_at_random_moments_loses_no_round(tmp_path):
+    config = small(
+        run={"rounds": 12, "compile_cache": str(tmp_path / "cache")}, eval={"before_and_after": False},
+        checkpoint={"every": 100}, proposer={"model": "none"}, grpo={"updates": 2},
+    )  # fmt: skip
+    path, whole, out = (tmp_path / name for name in ("config.toml", "whole", "out"))
+    path.write_text(to_toml(config))
+    first = child(path, whole, **QUICK)
+    assert first.wait(300) == 0, first.stderr.read()
+    moments, resume = random.Random(11), []
+    for _ in range(3):
+        run, target = child(path, out, *resume, **QUICK), len(lines(out)) + 2
+        wait_until(lambda: len(lines(out)) >= target or run.poll() is not None, 120)  # noqa: B023
+        time.sleep(moments.random() * 0.4)  # a round takes about that long
+        run.send_signal(signal.SIGTERM)
+        run.send_signal(signal.SIGTERM)  # a machine that shuts down may send several
+        _, said = run.communicate(timeout=60)
+        assert run.returncode == 143 and "Traceback" not in said, said
+        assert "preempted by SIGTERM; go on with" in said.splitlines()[-1] and "--resume" in said.splitlines()[-1]
+        saved = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit())
+        assert saved == len(lines(out)) >= target
+        resume = ["--resume"]
+    last = child(path, out, *resume, **QUICK)
+    assert last.wait(300) == 0, last.stderr.read()
+    assert timeless(out) == timeless(whole)
+    digests = [json.loads((f / "summary.json").read_text())["policy_digest"] for f in (out, whole)]
+    assert digests[0] == digests[1]
+
+
 def lines(out):
     path = out / "metrics.jsonl"
     return path.read_bytes().splitlines() if path.exists() else []
@@ -182,14 +218,13 @@ def wait_until(true, seconds):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path, sent):
+def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path):
     config = small(run={"rounds": 500}, checkpoint={"every": 400}, eval={"before_and_after": False})
     path = tmp_path / "config.toml"
     path.write_text(to_toml(config))
     run = child(path, tmp_path / "run")
     read_until(run, "round 2/500")  # the third has just begun, so its update has not
-    interrupted(run, sent, resumes=True)
+    interrupted(run, signal.SIGINT, resumes=True)
     saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
     assert max(saved) >= 2
 

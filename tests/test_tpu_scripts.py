@@ -272,20 +272,32 @@ def test_run_resumes_after_a_preemption_on_a_new_slice(cloud):
     assert any(f"queued-resources delete cz {WHERE} --force --quiet" in c for c in cloud.calls)
 
 
-@pytest.mark.parametrize("status", [130, 143, 255])
+@pytest.mark.parametrize("status", [75, 143, 255])
 def test_run_resumes_on_the_slice_that_is_up(cloud, status):
     cloud.ssh_status(status, status, 0)
     told = cloud.run("run", "--id", "first", "configs/a.toml")
     assert told.returncode == 0 and cloud.deeds == ["train", "train", "train", "scp"]
 
 
+def test_a_slice_that_cannot_be_made_again_is_tried_again_and_reported(cloud):
+    #            want_ready, loss; then delete (twice), create, POLL and state, for ever
+    cloud.states("ACTIVE", "SUSPENDED", "SUSPENDED", "MISSING")
+    cloud.ssh_status(143)
+    (cloud.folder / "create_error").write_text("There is no more capacity in the zone\n")
+    told = cloud.run("run", "--id", "first", "configs/a.toml", BUCKET="gs://b/cz", MODE="spot", RESTARTS="3")
+    assert told.returncode == 255 and cloud.deeds == ["train", "delete", "create", "create", "create"]
+    assert told.stderr.count("cz could not be made again") == 3 and "RESTARTS=3 allows no more" in told.stderr
+    assert "no v5litepod-8 free" in told.stderr and "nothing is up" in told.stderr.splitlines()[-1]
+
+
 def test_run_ends_on_any_other_status_and_after_enough_restarts(cloud):
-    cloud.ssh_status(1)
-    told = cloud.run("run", "--id", "first", "configs/a.toml")
-    assert told.returncode == 1 and cloud.deeds == ["train"] and "STILL UP" in told.stderr
+    for tries, status in enumerate((1, 2, 130), 1):  # 130: stopped by somebody, not taken away
+        cloud.ssh_status(status)
+        told = cloud.run("run", "--id", "first", "configs/a.toml")
+        assert told.returncode == status and cloud.deeds == ["train"] * tries and "STILL UP" in told.stderr
     cloud.ssh_status(255)
     told = cloud.run("run", "--id", "first", "configs/a.toml", RESTARTS="2")
-    assert told.returncode == 255 and cloud.deeds == ["train"] * 4 and "RESTARTS=2 allows no more" in told.stderr
+    assert told.returncode == 255 and cloud.deeds == ["train"] * 6 and "RESTARTS=2 allows no more" in told.stderr
 
 
 @pytest.mark.parametrize(
@@ -372,7 +384,7 @@ def host(tmp_path):
     trainer.write_text(
         "#!/usr/bin/env bash\n"
         f'echo "$*" >>"{tmp_path}/calls"\n'
-        "trap 'echo saved; exit 130' TERM\n"
+        "trap 'echo saved; exit 143' TERM\n"
         "mkdir -p runs/first; touch runs/first/config.toml\nif [ -f slow ]; then while true; do sleep 0.1; done; fi\n"
     )
     trainer.chmod(0o755)
@@ -391,7 +403,8 @@ def test_a_run_that_is_there_is_resumed(host):
     assert began == "train configs/a.toml run.rounds=3 --out runs/first" and resumed == began + " --resume"
 
 
-def test_sigterm_reaches_the_trainer_and_its_status_comes_back(host):
+@pytest.mark.parametrize("asked, status", [(True, 130), (False, 143)], ids=["stopped", "preempted"])
+def test_sigterm_reaches_the_trainer_and_its_status_comes_back(host, asked, status):
     (host / "slow").touch()
     call, environment = on_host(host, "train", "first", "configs/a.toml")
     running = subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -400,10 +413,13 @@ def test_sigterm_reaches_the_trainer_and_its_status_comes_back(host):
             if (host / "runs/first/config.toml").exists():
                 break
             time.sleep(0.05)
-        call, environment = on_host(host, "stop", "first")
-        subprocess.run(call, env=environment, timeout=60)
+        if asked:
+            call, environment = on_host(host, "stop", "first")
+            subprocess.run(call, env=environment, timeout=60)
+        else:
+            os.kill(running.pid, signal.SIGTERM)
         said, _ = running.communicate(timeout=20)
     finally:
         if running.poll() is None:
             os.killpg(running.pid, signal.SIGKILL)
-    assert running.returncode == 130 and said == "saved\n" and not (host / "runs-first.pid").exists()
+    assert running.returncode == status and said == "saved\n" and not (host / "runs-first.pid").exists()

@@ -23,6 +23,7 @@ from cz_jax.convert.read import read_params
 from cz_jax.convert.tokenizer import ChatTokenizer, load_tokenizer
 from cz_jax.convert.write import COPIED, export_folder
 from cz_jax.errors import CheckpointError, ModelFolderError
+from cz_jax.files import local_folder
 from cz_jax.ledger import RunLedger
 from cz_jax.models import lora, qwen
 from cz_jax.models.spec import RANDOM_SHAPES, Arch, Weight, arch_from_folder, config_for_export, tree_of, weights
@@ -135,7 +136,7 @@ def write_texts(loaded: Loaded, out: pathlib.Path) -> None:
 
 def convert_model(hf_dir: str, out: pathlib.Path, dtype: str | None) -> dict:
     """A Hugging Face folder or hub id as a folder of ours; `dtype` None keeps the folder's own."""
-    out = pathlib.Path(out)
+    out = local_folder(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelFolderError(
             f"{out} exists and is not an empty folder", "an earlier conversion?", "name a new folder"
@@ -152,7 +153,7 @@ def convert_model(hf_dir: str, out: pathlib.Path, dtype: str | None) -> dict:
 
 def export_run(run: pathlib.Path, out: pathlib.Path) -> dict:
     """A run, or any folder of ours, as a Hugging Face folder with a model card."""
-    run, out = pathlib.Path(run), pathlib.Path(out)
+    run, out = pathlib.Path(run), local_folder(out)
     if not ((run / MODEL).is_dir() and (run / CHECKPOINTS).is_dir()):
         raise ModelFolderError(
             f"{run} is no run folder", f"it has no {MODEL}/ and {CHECKPOINTS}/", "cz-jax export runs/demo OUT"

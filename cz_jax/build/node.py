@@ -16,6 +16,7 @@ from cz_jax.config import Config
 from cz_jax.difficulty import LevelState
 from cz_jax.doctor import compile_cache_folder
 from cz_jax.errors import ModelFolderError
+from cz_jax.files import local_folder
 from cz_jax.loop import Node, Position
 from cz_jax.models import lora
 from cz_jax.models.spec import tree_of
@@ -75,7 +76,7 @@ def set_compile_cache(setting: str) -> None:
     """Compiled programs are kept from run to run in the folder that run.compile_cache names."""
     folder = compile_cache_folder(setting)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        local_folder(folder).mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 

@@ -12,7 +12,7 @@ from cz_jax.build.swarm import connect, usable_task
 from cz_jax.config import Config
 from cz_jax.difficulty import LevelState, adapt
 from cz_jax.errors import CheckpointError, ConfigError, one_line
-from cz_jax.files import write_atomic
+from cz_jax.files import local_folder, write_atomic
 from cz_jax.loop import outcomes_at, stop_on_failures
 from cz_jax.nouns import Group, Level, Task, from_json, to_json
 from cz_jax.ports import Evaluator, Exchange, Proposer
@@ -112,7 +112,7 @@ def propose(config: Config, out, turns: int | None = None, say: Callable = lambd
     """Feeds the relay of `config` with tasks, one turn every swarm.propose_seconds, `turns` times (None: until it is
     interrupted), and returns the last turn's numbers. The folder `out` keeps its identity, level and memory; a proposer
     that is started there again goes on. UserError for bad input."""
-    out = pathlib.Path(out)
+    out = local_folder(out)
     if not config.swarm.relay:
         raise ConfigError(
             "swarm.relay is empty", "a proposer without a relay has nobody to propose to",

@@ -1,6 +1,7 @@
 """train, evaluate_model, judge_model: what the command line calls, as functions."""
 
 import contextlib
+import functools
 import json
 import pathlib
 import time
@@ -12,18 +13,18 @@ import jax
 
 from cz_jax.build.models import CHECKPOINTS, CONFIG, export_run, load_model, write_texts
 from cz_jax.build.node import Built, build, mesh_of, set_compile_cache, spread
-from cz_jax.build.worker import run_interruptibly
+from cz_jax.build.worker import run_interruptibly, sigterm_preempts
 from cz_jax.checkpoint import Checkpoints
 from cz_jax.config import Config, changed_keys, from_dict, to_toml
 from cz_jax.difficulty import LevelState
-from cz_jax.errors import CheckpointError, ConfigError, TaskError
+from cz_jax.errors import CheckpointError, ConfigError, Preempted, TaskError
 from cz_jax.evaluate import evaluate
-from cz_jax.files import write_atomic
+from cz_jax.files import local_folder, write_atomic
 from cz_jax.ledger import RunLedger
 from cz_jax.loop import Position, run
 from cz_jax.metrics import gain_estimate, judge_quality
 from cz_jax.nouns import Outcome, Round, Task
-from cz_jax.parallel import is_primary, wait_for_all
+from cz_jax.parallel import any_process, is_primary, wait_for_all
 from cz_jax.report import REPORT, Sinks, load_sinks, write_report
 from cz_jax.roles.evaluator import ModelEvaluator
 from cz_jax.roles.learner import state_target
@@ -44,9 +45,10 @@ def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> d
 
     The folder gets config.toml, model/, checkpoints/, metrics.jsonl, rounds/, evaluations.json, export/,
     summary.json and report.html. With `resume` the run in the folder goes on exactly where its newest whole checkpoint
-    stands. UserError for bad input. KeyboardInterrupt is passed on after saving the last finished round.
+    stands. UserError for bad input. KeyboardInterrupt (Preempted for SIGTERM) is passed on after saving the last
+    finished round.
     """
-    out = pathlib.Path(out)
+    out = local_folder(out)
     primary = is_primary()
     say = say if primary else quiet
     if primary:
@@ -55,6 +57,8 @@ def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> d
     wait_for_all("the run folder")
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
+        alone = jax.process_count() == 1
+        preempted = stack.enter_context(sigterm_preempts(raising=alone))
         built = stack.enter_context(
             contextlib.closing(build(config, say, out))
         )  # first: what fails here leaves nothing
@@ -73,9 +77,11 @@ def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> d
             position = _begin(built, keeper, out, say)
         keeper.sinks = sinks = Sinks(trackers, out, config.model_dump(mode="json"), position.number, say)
         try:
-            after = run_interruptibly(lambda say: _play(built, position, keeper, out, say), say, keeper.is_whole)
-        except KeyboardInterrupt:
-            keeper.save_interrupted()
+            work = functools.partial(_play, built, position, keeper, out)
+            stops = None if alone else (lambda: any_process(preempted()))  # several stop at the same phase
+            after = run_interruptibly(work, say, keeper.is_whole, stops)
+        except KeyboardInterrupt as e:
+            keeper.save_interrupted(e)
             sinks.close(1.0)
             raise
         finally:
@@ -141,13 +147,16 @@ class Keeper:
         """Whether the parameters of the last finished round are still there: an update takes them apart."""
         return self._last is not None and not any(a.is_deleted() for a in jax.tree.leaves(self._last[3]))
 
-    def save_interrupted(self) -> None:
+    def save_interrupted(self, interrupt: KeyboardInterrupt) -> None:
         """Saves the last finished round where an update has not yet taken its parameters apart; otherwise the
-        checkpoint before it continues the run just as exactly. So it does where several processes make the run, which
-        an interrupt reaches at different moments."""
-        if jax.process_count() == 1 and self._last is not None and self._last[0] != self.saved and self.is_whole():
+        checkpoint before it continues the run just as exactly. So it does where Ctrl-C reaches several processes, which
+        are then at different moments; Preempted finds all of them at the same one."""
+        together = jax.process_count() == 1 or isinstance(interrupt, Preempted)
+        if together and self._last is not None and self._last[0] != self.saved and self.is_whole():
             self.save()
             self._checkpoints.wait()
+        if together:
+            wait_for_all("the last checkpoint")  # a process that is gone would end the others before theirs is whole
 
 
 def _check_folder(out: pathlib.Path, resume: bool) -> None:

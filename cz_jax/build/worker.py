@@ -1,33 +1,66 @@
-"""Running rounds so that Ctrl-C is answered within seconds, whatever compiled program is under way.
+"""Running rounds so that Ctrl-C and SIGTERM are answered within seconds, whatever compiled program is under way.
 
 A signal reaches Python only between two of its instructions, and a compiled program may compute for a minute. So the
 rounds are played in a thread of their own while the main thread waits for signals.
 """
 
+import contextlib
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+
+from cz_jax.errors import Preempted
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 3.0  # what a step that has already begun gets to finish
+UPDATE = "update"  # the phase of a round that takes the parameters apart
+GRACE_SECONDS = 3.0  # what an update that has already begun gets to finish after Ctrl-C
+PREEMPTED_SECONDS = 20.0  # and after SIGTERM, which leaves about 30 on a machine that is taken away
 
 
 class _Stopped(Exception):
     """Ends the thread at the next thing that it reports."""
 
 
-def run_interruptibly(work: Callable[[Callable], object], say: Callable, is_whole: Callable[[], bool]):
+@contextlib.contextmanager
+def sigterm_preempts(raising: bool) -> Iterator[Callable[[], bool]]:
+    """While the block lasts, gives a function that tells whether SIGTERM came, and with `raising` the first one raises
+    Preempted in it. Later ones do not disturb it: a machine that shuts down may send several. Only in the main thread,
+    as Python has it; elsewhere it changes nothing."""
+    came: list[int] = []  # not an Event, whose lock a signal in the middle of a signal would wait for
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def preempt(number, frame):
+        if not came:
+            came.append(number)
+            if raising:
+                raise Preempted
+
+    before = signal.signal(signal.SIGTERM, preempt)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_interruptibly(
+    work: Callable[[Callable], object], say: Callable, is_whole: Callable[[], bool], stops: Callable[[], bool] | None
+):
     """`work(say)` in a thread; its result, or what it raised.
 
-    On KeyboardInterrupt (SIGTERM too, in the main thread) the work stops at its next report, and the interrupt is
-    passed on at once where `is_whole()`, otherwise after a few seconds of grace. The thread may still be computing
-    then.
+    On KeyboardInterrupt the work stops at its next phase, and the interrupt is passed on as soon as the state can be
+    saved: it `is_whole()`, and no update is under way, which gets some seconds to finish. The thread may still be
+    computing then. `stops()` is asked at every phase; True stops the work there and raises Preempted.
     """
-    stop, outcome = threading.Event(), {}
+    stop, ended, phase, outcome = threading.Event(), threading.Event(), {}, {}
 
     def reporting(event: str, **fields):
-        if stop.is_set():
-            raise _Stopped
+        if event in ("phase", "round"):
+            phase["name"] = fields.get("name")  # before it is asked: an interrupt that comes in between sees an update
+            if stop.is_set() or (stops is not None and stops()):
+                raise _Stopped
         say(event, **fields)
 
     def body():
@@ -35,21 +68,22 @@ def run_interruptibly(work: Callable[[Callable], object], say: Callable, is_whol
             outcome["result"] = work(reporting)
         except BaseException as e:
             outcome["error"] = e
+        ended.set()
 
-    thread = threading.Thread(target=body, name="rounds", daemon=True)
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
+    threading.Thread(target=body, name="rounds", daemon=True).start()
     try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
-    except KeyboardInterrupt:
+        while not ended.wait(POLL_SECONDS):  # not Thread.join: interrupted, it takes the thread for ended
+            pass
+    except KeyboardInterrupt as e:
         stop.set()
-        thread.join(POLL_SECONDS if is_whole() else GRACE_SECONDS)
+        until = time.monotonic() + (PREEMPTED_SECONDS if isinstance(e, Preempted) else GRACE_SECONDS)
+        ended.wait(POLL_SECONDS)
+        while time.monotonic() < until and not (is_whole() and phase.get("name") != UPDATE):
+            if ended.wait(POLL_SECONDS):
+                break
         raise
-    finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
+    if isinstance(outcome.get("error"), _Stopped):
+        raise Preempted
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]

@@ -32,6 +32,7 @@ from cz_jax.checkpoint.manifest import ArraySpec, Broken
 from cz_jax.errors import CheckpointError
 from cz_jax.files import sync_folder, write_atomic
 from cz_jax.nouns import canonical_json
+from cz_jax.parallel import any_process
 
 SAVE_DEADLINE_S = 1800
 ARRAYS, HOST = "arrays", "host.json"
@@ -114,7 +115,7 @@ class Checkpoints:
             if not isinstance(leaf, jax.Array):
                 raise TypeError(f"{name} is a {type(leaf).__name__}, not a jax.Array")
         error = self._settle() or (self._make_room(round_number) if self._primary else None)
-        if _any_process(error is not None):
+        if any_process(error is not None):
             raise error or CheckpointError(f"round {round_number} was not saved: another process could not")
         step = self.folder / str(round_number)
         try:
@@ -386,13 +387,6 @@ def _lock(folder: pathlib.Path) -> int:
             f"{folder} is in use by another trainer, process {holder}", "two runs on one folder", "another --out folder"
         ) from None
     return descriptor
-
-
-def _any_process(flag: bool) -> bool:
-    """Whether `flag` is set in any process; also a barrier."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
 
 
 def _from_process_0(number: int | None) -> int | None:

@@ -42,7 +42,10 @@ def doctor(
 def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration.")],
     topology: Annotated[
-        str, typer.Option(metavar="NAME", help="v4-8, v5e-1|4|8|16, v5p-8, v6e-1|4|8|16, gpu-24gb|80gb, cpu-16gb.")
+        str,
+        typer.Option(
+            metavar="NAME", help="v4-8|16, v5e-1|4|8|16|32, v5p-8|16, v6e-1|4|8|16|32, gpu-24gb|80gb, cpu-16gb."
+        ),
     ],
     settings: options.Settings = (),
     count: Annotated[bool, typer.Option("--count", help="Count from shapes; compile nothing.")] = False,

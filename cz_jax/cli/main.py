@@ -1,11 +1,13 @@
 """`cz-jax`: the table of commands, and what becomes of an error.
 
-Exit status: 0 done, 2 bad input (one line, no traceback), 130 on Ctrl-C, 1 anything else, with its traceback.
+Exit status: 0 done, 2 bad input (one line, no traceback), 130 on Ctrl-C, 143 saved on SIGTERM, 75 another process of
+the run is gone, 1 anything else, with its traceback.
 """
 
 import contextlib
 import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -97,10 +99,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def program() -> None:
-    """The console script: `main`, and out. After an interrupt at once: a compiled program may still be computing in a
-    thread, which an ordinary exit would wait for or crash in."""
-    status = main()
-    if status == 130:
+    """The console script: `main`, and out. After an interrupt or a defect at once: a compiled program may still be
+    computing in a thread, which an ordinary exit would wait for or crash in, and jax.distributed waits for others."""
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()

@@ -1,5 +1,6 @@
 """Commands that run rounds: demo, train."""
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cz_jax.cli import options, show
+from cz_jax.errors import Preempted
 
 
 def demo(
@@ -32,9 +34,10 @@ def demo(
     with show.progress(SwarmProgress) as say:
         try:
             summary = demo(out=out, rounds=rounds, nodes=nodes, seed=seed, say=say)
-        except KeyboardInterrupt:
-            show.complain(f"interrupted; go on with: cz-jax demo --out {shlex.quote(str(out))}")
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as e:
+            told, status = _interrupted(e)
+            show.complain(f"{told}; go on with: cz-jax demo --out {shlex.quote(str(out))}")
+            raise typer.Exit(status) from None
     show.result(summary, as_json)
 
 
@@ -54,7 +57,8 @@ def train(
 ):
     """Train a solver as CONFIG.toml says.
 
-    Ctrl-C once saves the run and prints the command that goes on with it.
+    Ctrl-C once saves the run and prints the command that goes on with it; so does SIGTERM, with status 143. Where one
+    of several processes is lost the others end with status 75; start all of them again with --resume.
 
     \b
     Example:
@@ -68,13 +72,17 @@ def train(
         try:
             say("phase", name="loading JAX", expected=5)
             from cz_jax.build import train
-            from cz_jax.parallel import join_processes
+            from cz_jax.processes import joined
 
-            join_processes(coordinator, processes, process)
-            summary = train(config=resolved, out=out, resume=resume, say=say)
-        except KeyboardInterrupt:
-            show.complain(_after_interrupt(config, settings, out))
-            raise typer.Exit(130) from None
+            if processes is not None:
+                say("phase", name=f"waiting for all {processes} processes")
+            with joined(coordinator, processes, process, end_at_once):
+                say("phase", name="")  # process 0 alone reports from here on
+                summary = train(config=resolved, out=out, resume=resume, say=say)
+        except KeyboardInterrupt as e:
+            told, status = _interrupted(e)
+            show.complain(f"{told}{_after_interrupt(config, settings, out)}")
+            raise typer.Exit(status) from None
     show.result(summary, as_json)
 
 
@@ -95,9 +103,20 @@ def report(
     show.result({"report": write_report(run)}, as_json)
 
 
+def end_at_once(text: str, status: int) -> None:
+    """Ends this process from whatever thread, with a last line: its main thread may hang in a collective."""
+    show.complain(text)
+    os._exit(status)
+
+
+def _interrupted(error: KeyboardInterrupt) -> tuple[str, int]:
+    """(what happened, exit status)."""
+    return ("preempted by SIGTERM", 143) if isinstance(error, Preempted) else ("interrupted", 130)
+
+
 def _after_interrupt(config: Path, settings, out: Path) -> str:
     """What to type next: go on where something was saved, else begin again."""
     saved = (out / "config.toml").exists()  # written once there is something to go on with
     words = ["cz-jax", "train", str(config), *settings, "--out", str(out), *(["--resume"] if saved else [])]
-    told = "interrupted; go on with" if saved else "interrupted before anything was saved; begin again with"
+    told = "; go on with" if saved else " before anything was saved; begin again with"
     return f"{told}: {shlex.join(words)}"

@@ -23,9 +23,9 @@ _ROUND_FIELDS = (("level", "level"), ("success", "success"), ("tokens_per_second
 class Progress:
     """What a running command says: `say(event, **fields)`, as a context manager.
 
-    Events: "phase" (name, expected: seconds), "round" (number, of, metrics), "evaluated" (when, n_tasks, average_at_k,
-    pass_at_k), "note" (text), "done" (summary); another event is printed as it comes. Plain lines, or on a terminal
-    that can, a live status line under them. Thread-safe.
+    Events: "phase" (name, "" for none; expected: seconds), "round" (number, of, metrics), "evaluated" (when, n_tasks,
+    average_at_k, pass_at_k), "note" (text), "done" (summary); another event is printed as it comes. Plain lines, or on
+    a terminal that can, a live status line under them. Thread-safe.
     """
 
     def __init__(self, stream=None, live: bool | None = None, now=time.monotonic):
@@ -82,7 +82,9 @@ class Progress:
         self._phase, self._phase_begun, self._expected = name, self._now(), expected
         if self._live is not None:
             self._live.update(self._phase_text(0))
-        elif not self._rounds_seen:  # the phases of later rounds come every few seconds: only their silences are broken
+        elif (
+            name and not self._rounds_seen
+        ):  # the phases of later rounds come every few seconds: only their silences are broken
             about = f" (about {duration(expected)})" if expected else ""
             self._print(f"{name}{about} ...")
 

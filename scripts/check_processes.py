@@ -17,9 +17,9 @@ import sys
 import tempfile
 
 SETTINGS = [
-    "run.rounds=4", "proposer.model=none", "sampling.max_new_tokens=16", "sampling.max_sequences=8", "round.group_size=4",
-    "round.dataset_tasks=2", "grpo.drop_zero_advantage=false", "optimizer.learning_rate=1e-3", "checkpoint.every=1",
-    "eval.before_and_after=false",
+    "run.rounds=4", "proposer.model=none", "sampling.max_new_tokens=16", "sampling.max_sequences=8",
+    "round.group_size=4", "round.dataset_tasks=2", "grpo.drop_zero_advantage=false", "optimizer.learning_rate=1e-3",
+    "checkpoint.every=1", "eval.before_and_after=false",
 ]  # fmt: skip
 COMPARED = ("reward", "loss", "gradient_norm", "entropy", "completion_tokens")
 TOLERANCE = 1e-5
@@ -45,8 +45,9 @@ def play(out: pathlib.Path, cache: pathlib.Path, processes: int, devices: int, *
         subprocess.Popen([*command, *together, *([str(i)] if together else [])], env=environment, stdout=sys.stderr)
         for i in range(processes)
     ]
-    if any([p.wait() for p in running]):
-        sys.exit(f"{processes} processes: {[p.returncode for p in running]}")
+    ended = [p.wait() for p in running]
+    if any(ended):
+        sys.exit(f"{processes} processes ended with {ended}")
 
 
 def rows(out: pathlib.Path) -> list[dict]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cz_jax.convert.folder import locate
+from cz_jax.convert.folder import EMBEDDED, locate
 from cz_jax.convert.tokenizer import load_tokenizer
 from cz_jax.errors import ModelFolderError
 from cz_jax.models.spec import arch_from_folder
@@ -240,10 +240,11 @@ def test_a_template_that_refuses(tiny):
 
 
 def test_a_template_file_beside_the_tokenizer(tiny):
+    im_start = ids_of(tiny)[1] - 1
     change(tiny / "tokenizer_config.json", chat_template=None)
     (tiny / "chat_template.jinja").write_text("{% for m in messages %}<|im_start|>{{ m.content | trim }}{% endfor %}")
     tokenizer = load_tokenizer(tiny, arch_from_folder(tiny))
-    assert tokenizer.encode_chat([{"role": "user", "content": "  hi\n"}], "x") == [509, *tokenizer.encode("hix")]
+    assert tokenizer.encode_chat([{"role": "user", "content": "  hi\n"}], "x") == [im_start, *tokenizer.encode("hix")]
 
 
 def other_pre_tokenizer(folder):
@@ -299,11 +300,12 @@ def test_qwens_tokenizer_json_equals_its_class(shared):
 # ---- the embedded model
 
 
-def test_tiny_is_small_and_loads_in_transformers(torch):
-    folder = locate("tiny")
-    assert sum(p.stat().st_size for p in folder.iterdir()) < 1_000_000
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(report.values()), report
-    ids = transformers.AutoTokenizer.from_pretrained(folder)("def f(x):", return_tensors="pt")
-    assert torch.isfinite(model(**ids).logits).all()
-    assert "random weights" in (folder / "README.md").read_text()
+def test_the_tiny_models_are_small_and_load_in_transformers(torch):
+    assert sum(p.stat().st_size for p in locate("tiny").rglob("*") if p.is_file()) < 8 << 20
+    for name in EMBEDDED:
+        folder = locate(name)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(report.values()), report
+        ids = transformers.AutoTokenizer.from_pretrained(folder)("def f(x):", return_tensors="pt")
+        assert torch.isfinite(model(**ids).logits).all()
+        assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in (folder / "README.md").read_text()

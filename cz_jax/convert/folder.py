@@ -22,7 +22,7 @@ from cz_jax.errors import ModelFolderError
 from cz_jax.models.spec import Arch, arch_from_folder, weights
 from cz_jax.nouns import canonical_json
 
-EMBEDDED = ("tiny",)
+EMBEDDED = ("tiny", "tiny/judge")
 WANTED = ["*.safetensors", "*.json", "merges.txt", "chat_template.jinja"]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_JSON_BYTES = 64 << 20

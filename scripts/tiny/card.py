@@ -15,8 +15,8 @@ SPEAKER = """\
 
 A Qwen2 model of {parameters:,} parameters ({layers} layers, width {hidden_size}, {vocab_size} tokens), trained from
 scratch to play CodeZero on a laptop: through cz_jax's own prompts it proposes small Python exercises at five levels and
-answers them. It knows the task families of `scripts/tiny/table.py` and nothing else. Its answers are wrong about half
-of the time on purpose: a share of the answers that it learned from holds a wrong operator, constant or condition, lacks
+answers them. It knows the task families of `scripts/tiny/table.py` and nothing else. Its answers are wrong two times
+in three on purpose: a share of the answers that it learned from holds a wrong operator, constant or condition, lacks
 its fence or goes on behind it, so that training has something to mend. `judge/` holds the model that judges.
 """
 JUDGE = """\

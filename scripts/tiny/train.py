@@ -46,6 +46,7 @@ BRANCHES = {
     "judge": (
         Stage("marks", {"prefix": 11000, "solve": 1600}, 6e-4, prompt_share=0.05, mark_share=3.0, extra_layers=2),
         Stage("verdicts", {"judge": 3000}, 5e-4, prompt_share=0.0, mark_share=3.0),
+        Stage("practice", {"judge": 6500}, 6e-4, prompt_share=0.0, mark_share=3.0),
     ),
 }
 
@@ -84,6 +85,7 @@ def train(out: pathlib.Path, seed: int, scale: float) -> None:
         for role, (params, _) in done.items():
             where = out if role == "speaker" else out / role
             arch = arch_of(params)
+            write_texts(tokenizer, config_for_export(arch), texts)
             export_folder(params, arch, texts, where, write_card(role, arch, facts), jnp.bfloat16)
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     say(f"done after {facts['seconds']} s: {out}")

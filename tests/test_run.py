@@ -27,7 +27,9 @@ ROUNDS = 4
 SMALL = {
     "run": {"rounds": ROUNDS},
     "proposer": {"max_new_tokens": 16, "max_tries": 1},
-    "sampling": {"max_new_tokens": 16, "max_sequences": 8},
+    "evaluator": {"model": "tiny/judge"},
+    "tasks": {"sources": ["builtin@tiny_train"], "held_out": ["builtin@tiny_held_out"]},
+    "sampling": {"max_new_tokens": 40, "max_sequences": 8},
     "round": {"group_size": 4, "dataset_tasks": 1, "proposed_tasks": 1},
     "reward": {"format": 0.5},
     "optimizer": {"learning_rate": 1e-3},

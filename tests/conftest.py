@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import signal
+import sys
 
 # Eight CPU devices for the sharding tests; must be said before jax starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -55,6 +56,15 @@ def browser():
     if found is None:
         pytest.skip(NO_BROWSER)
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_dropped():
+    """Each compiled program keeps some mappings of memory, of which Linux gives a process 65,530: the compiler crashes
+    beyond them, and all tests together come near."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 def may_skip(report) -> bool:

@@ -21,6 +21,11 @@ def local_folder(path: str | os.PathLike) -> pathlib.Path:
     return pathlib.Path(path)
 
 
+def is_taken(out: pathlib.Path) -> bool:
+    """Whether something stands at `out` that a new folder there would mix with or replace."""
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+
+
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     """Puts `data` at `path`, whole or not at all, and returns once it would survive a power cut.
 

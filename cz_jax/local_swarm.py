@@ -16,13 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from statistics import fmean
 
 from cz_jax.config import Config, from_dict
 from cz_jax.errors import ConfigError, RunStopped, UserError, one_line
-from cz_jax.files import local_folder, write_atomic
-from cz_jax.ledger import METRICS, SUMMARY
+from cz_jax.files import is_taken, local_folder, write_atomic
+from cz_jax.ledger import SUMMARY, RunLedger
 from cz_jax.report import REPORT
 
 SETUP = "demo.json"  # in the swarm's folder: what was asked for
@@ -103,7 +102,7 @@ def _set_up(out: pathlib.Path, rounds: int | None, nodes: int | None, seed: int 
             was = ", ".join(f"--{k} {setup[k]}" for k in changed)
             raise ConfigError(f"{out} holds a demo with {was}", "it goes on as it began", f"cz-jax demo --out {out}")
         return setup
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_taken(out):
         raise ConfigError(f"{out} is not empty", "", f"another folder: cz-jax demo --out {out}-2")
     defaults = {"rounds": ROUNDS, "nodes": NODES, "seed": 0}
     setup = {k: defaults[k] if v is None else v for k, v in asked.items()}
@@ -251,9 +250,9 @@ def _lines() -> Callable:
 
 
 def _serve_relay(folder: pathlib.Path) -> None:
-    from cz_jax.swarm.relay import JsonLines, RelayOptions, serve
+    from cz_jax.swarm.relay import RelayOptions, serve
 
-    serve(RelayOptions("127.0.0.1:0", folder, page="127.0.0.1:0"), JsonLines())
+    serve(RelayOptions("127.0.0.1:0", folder, page="127.0.0.1:0"), _lines())
 
 
 def _propose(config: Config, folder: pathlib.Path) -> None:
@@ -270,8 +269,9 @@ def _train(config: Config, folder: pathlib.Path) -> None:
 
 def _summarise(out: pathlib.Path, setup: dict, seats: list[Seat], seconds: float) -> dict:
     """Everything that the demo's summary.json holds, from those of its nodes."""
-    by_node = {s.name: json.loads((s.folder / SUMMARY).read_bytes()) for s in seats}
-    rewards = [_rewards(s.folder) for s in seats]
+    ledgers = {s.name: RunLedger(s.folder) for s in seats}
+    by_node = {name: ledger.read_summary() for name, ledger in ledgers.items()}
+    rewards = [[line.get("reward") or 0.0 for line in ledger.rounds()] for ledger in ledgers.values()]
     by_round = [fmean(row) for row in zip(*rewards, strict=True)]
     # The better one by its training reward: chosen by the held-out score, that score would be too good.
     best = max(by_node, key=lambda name: by_node[name]["reward_mean_last10"] or 0.0)
@@ -297,17 +297,12 @@ def _summarise(out: pathlib.Path, setup: dict, seats: list[Seat], seconds: float
         "export_dir": better["export_dir"],
         "report": str(out / REPORT),
         "seed": setup["seed"],
-        "versions": better["versions"] | {"cz-jax": version("cz-jax")},
+        "versions": better["versions"],
         "next": [
             f"cz-jax eval --model {folder} --evaluator {judge} --tasks builtin@tiny_held_out -k 8",
             f"cz-jax train {folder / 'config.toml'} {alone} run.rounds={2 * setup['rounds']} --out {folder} --resume",
             f"cz-jax export {folder} my-model",
         ],
     }
-    write_atomic(out / SUMMARY, json.dumps(summary, indent=2).encode("utf-8"))
+    RunLedger(out).write_summary(summary)
     return summary
-
-
-def _rewards(folder: pathlib.Path) -> list[float]:
-    lines = (folder / METRICS).read_text("utf-8").splitlines()
-    return [json.loads(line).get("reward") or 0.0 for line in lines]

@@ -23,7 +23,7 @@ from cz_jax.convert.read import read_params
 from cz_jax.convert.tokenizer import ChatTokenizer, load_tokenizer
 from cz_jax.convert.write import COPIED, export_folder
 from cz_jax.errors import CheckpointError, ModelFolderError
-from cz_jax.files import local_folder
+from cz_jax.files import is_taken, local_folder
 from cz_jax.ledger import RunLedger
 from cz_jax.models import lora, qwen
 from cz_jax.models.spec import RANDOM_SHAPES, Arch, Weight, arch_from_folder, config_for_export, tree_of, weights
@@ -137,7 +137,7 @@ def write_texts(loaded: Loaded, out: pathlib.Path) -> None:
 def convert_model(hf_dir: str, out: pathlib.Path, dtype: str | None) -> dict:
     """A Hugging Face folder or hub id as a folder of ours; `dtype` None keeps the folder's own."""
     out = local_folder(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_taken(out):
         raise ModelFolderError(
             f"{out} exists and is not an empty folder", "an earlier conversion?", "name a new folder"
         )

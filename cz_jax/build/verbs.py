@@ -19,7 +19,7 @@ from cz_jax.config import Config, changed_keys, from_dict, to_toml
 from cz_jax.difficulty import LevelState
 from cz_jax.errors import CheckpointError, ConfigError, Preempted, TaskError
 from cz_jax.evaluate import evaluate
-from cz_jax.files import local_folder, write_atomic
+from cz_jax.files import is_taken, local_folder, write_atomic
 from cz_jax.ledger import RunLedger
 from cz_jax.loop import Position, run
 from cz_jax.metrics import gain_estimate, judge_quality
@@ -163,7 +163,7 @@ def _check_folder(out: pathlib.Path, resume: bool) -> None:
     there = (out / CONFIG).exists()
     if resume and not there:
         raise CheckpointError(f"{out} holds no run to resume", f"it has no {CONFIG}", "leave out --resume to begin one")
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not resume and is_taken(out):
         what = "holds a run" if there else "is not empty"
         raise ConfigError(f"{out} {what}", "", f"--resume to go on with it, or another folder: --out {out}-2")
 

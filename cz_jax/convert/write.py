@@ -12,6 +12,7 @@ import numpy as np
 from cz_jax.convert.container import DTYPE_NAMES, Writer
 from cz_jax.convert.folder import INDEX, SINGLE, read_json
 from cz_jax.errors import ModelFolderError
+from cz_jax.files import is_taken
 from cz_jax.models.spec import Arch, Weight, arch_from_folder, config_for_export, leaf_of, weights
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -35,7 +36,7 @@ def export_folder(
     source = pathlib.Path(source_folder) if source_folder is not None else None
     if dtype not in DTYPE_NAMES:
         raise ModelFolderError(f"weights cannot be exported as {dtype}", fix="float32, bfloat16 or float16")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_taken(out):
         raise ModelFolderError(f"{out} exists and is not an empty folder", "an earlier export?", "name a new folder")
     if source is not None and arch_from_folder(source) != arch:
         raise ModelFolderError(f"{source} is of another architecture than the weights", "the folder of another model?")

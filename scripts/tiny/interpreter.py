@@ -148,24 +148,26 @@ class Program:
     def _do_For(self, s, scope):
         for item in _bounded(self._value(s.iter, scope)):
             self._assign(s.target, item, scope)
-            try:
-                self._block(s.body, scope)
-            except _Break:
+            if self._breaks(s.body, scope):
                 return
-            except _Continue:
-                continue
         self._block(s.orelse, scope)
 
     def _do_While(self, s, scope):
         while self._value(s.test, scope):
             self._tick()
-            try:
-                self._block(s.body, scope)
-            except _Break:
+            if self._breaks(s.body, scope):
                 return
-            except _Continue:
-                continue
         self._block(s.orelse, scope)
+
+    def _breaks(self, body, scope) -> bool:
+        """One turn of a loop: whether it ended with break."""
+        try:
+            self._block(body, scope)
+        except _Break:
+            return True
+        except _Continue:
+            pass
+        return False
 
     def _assign(self, target, value, scope):
         if isinstance(target, ast.Name):

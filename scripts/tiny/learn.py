@@ -136,7 +136,7 @@ def train_stages(stages: tuple[Stage, ...], params: dict | None, folder: pathlib
         if stage.extra_layers:
             params = deepened(params, stage.extra_layers, seed + 1)
         params, logs[stage.name] = train_stage(stage, params, folder, seed)
-    return params, logs
+    return jax.tree.map(np.asarray, params), logs
 
 
 def train_stage(stage: Stage, params: dict, folder: pathlib.Path, seed: int) -> tuple[dict, dict]:

@@ -68,7 +68,7 @@ class ProposerConfig(Section):
 
 
 class EvaluatorConfig(Section):
-    model: str = "tiny"
+    model: str = "tiny/judge"
     revision: str | None = None
     dtype: Dtype = "float32"
     mode: Literal["direct", "reason", "generate"] = "direct"
@@ -128,9 +128,9 @@ class GrpoConfig(Section):
     updates: Positive = 1  # optimizer steps on one batch
     importance_cap: NonNegative = 2.0  # truncation of trainer/sampler importance weights; 0: no weights
     drop_zero_advantage: bool = True
-    micro_batch_tokens: Positive = 16384
+    micro_batch_tokens: Positive = 2048
     logprob_chunk: Positive = 1024
-    remat: Literal["none", "layer"] = "layer"
+    remat: Literal["none", "layer"] = "none"  # layer: the backward pass computes each layer again, and keeps little
 
 
 class OptimizerConfig(Section):

@@ -22,7 +22,9 @@ from cz_jax.config import Config, from_dict
 from cz_jax.errors import ConfigError, RunStopped, UserError, one_line
 from cz_jax.files import is_taken, local_folder, write_atomic
 from cz_jax.ledger import SUMMARY, RunLedger
+from cz_jax.metrics import difference_estimate
 from cz_jax.report import REPORT
+from cz_jax.rewards import highest_reward
 
 SETUP = "demo.json"  # in the swarm's folder: what was asked for
 LOOK_SECONDS = 0.2
@@ -37,7 +39,6 @@ DEMO = {
     "round": {"dataset_tasks": 2, "proposed_tasks": 1, "external_groups": 1, "group_size": 8},
     "sampling": {"max_new_tokens": 80, "max_prompt_tokens": 224},
     "optimizer": {"learning_rate": 2e-4},
-    "grpo": {"remat": "none"},
     "checkpoint": {"every": 20},
     "eval": {"k": 8, "max_tasks": 60},
     "swarm": {"propose_seconds": 2.0, "run": "demo"},
@@ -272,7 +273,9 @@ def _summarise(out: pathlib.Path, setup: dict, seats: list[Seat], seconds: float
     ledgers = {s.name: RunLedger(s.folder) for s in seats}
     by_node = {name: ledger.read_summary() for name, ledger in ledgers.items()}
     rewards = [[line.get("reward") or 0.0 for line in ledger.rounds()] for ledger in ledgers.values()]
-    by_round = [fmean(row) for row in zip(*rewards, strict=True)]
+    first, last = ([r for row in rewards for r in cut(row)] for cut in (lambda x: x[:10], lambda x: x[-10:]))
+    gain = difference_estimate(first, last)
+    left = highest_reward(node_config(setup, 1, "").reward) - fmean(first)
     # The better one by its training reward: chosen by the held-out score, that score would be too good.
     best = max(by_node, key=lambda name: by_node[name]["reward_mean_last10"] or 0.0)
     better, folder, judge = by_node[best], out / best, DEMO["evaluator"]["model"]
@@ -282,8 +285,9 @@ def _summarise(out: pathlib.Path, setup: dict, seats: list[Seat], seconds: float
         "rounds": setup["rounds"],
         "nodes": setup["nodes"],
         "seconds": round(seconds, 3),
-        "reward_mean_first10": fmean(by_round[:10]),
-        "reward_mean_last10": fmean(by_round[-10:]),
+        "reward_mean_first10": fmean(first),
+        "reward_mean_last10": fmean(last),
+        "reward_gain": gain | {"share_of_what_was_left": gain["value"] / left},
         "better_node": best,
         **{k: v for k, v in better.items() if k.startswith(("avg_at_k", "pass_at_k", "solve_rate"))},
         "level_history": better["level_history"],

@@ -46,6 +46,16 @@ def gain_estimate(before: Sequence[float], after: Sequence[float]) -> dict[str, 
     return {"value": float(gains_N.mean()), "low": low, "high": high}
 
 
+def difference_estimate(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
+    """{"value", "low", "high"}: the difference of the means of two independent samples, after - before, each resampled
+    on its own. ValueError where one is empty."""
+    if not len(before) or not len(after):
+        raise ValueError(f"{len(before)} values before and {len(after)} after: at least one each")
+    means = [_resampled_means(np.asarray(values, np.float64), seed) for seed, values in enumerate((before, after))]
+    low, high = np.quantile(means[1] - means[0], [0.025, 0.975])
+    return {"value": float(np.mean(after) - np.mean(before)), "low": float(low), "high": float(high)}
+
+
 def by_group(keys: Sequence[Hashable], successes: Sequence[Sequence[bool]], k: int) -> dict[str, dict]:
     """{key: {"n_tasks", "average_at_k", "pass_at_k"}} for the tasks of each key (a level, a source), keys sorted as
     texts. ValueError where `keys` and `successes` differ in length."""
@@ -79,10 +89,15 @@ def _estimate(values: Sequence[float], k: int) -> dict[str, float]:
 
 def _bootstrap(values_N: np.ndarray) -> tuple[float, float]:
     """The percentile bootstrap's 95% interval of the mean."""
-    generator = np.random.default_rng(BOOTSTRAP_SEED)
-    draws = (values_N[generator.integers(len(values_N), size=len(values_N))].mean() for _ in range(RESAMPLES))
-    low, high = np.quantile(np.fromiter(draws, np.float64, RESAMPLES), [0.025, 0.975])
+    low, high = np.quantile(_resampled_means(values_N, BOOTSTRAP_SEED), [0.025, 0.975])
     return float(low), float(high)
+
+
+def _resampled_means(values_N: np.ndarray, seed: int) -> np.ndarray:
+    """float64 [RESAMPLES]: means of as many values, drawn from `values_N` with replacement."""
+    generator = np.random.default_rng(seed)
+    draws = (values_N[generator.integers(len(values_N), size=len(values_N))].mean() for _ in range(RESAMPLES))
+    return np.fromiter(draws, np.float64, RESAMPLES)
 
 
 def _wilson(p: float, n: int) -> tuple[float, float]:

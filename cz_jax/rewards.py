@@ -35,6 +35,13 @@ def reward(task: Task, rollout: Rollout, verdict: Verdict, config: RewardConfig)
     return Reward(total=math.fsum(parts.values()), parts=parts)
 
 
+def highest_reward(config: RewardConfig) -> float:
+    """The total of an answer that is right in every part."""
+    if config.preset == "reference":
+        return 1.0 + REFERENCE_ENDING
+    return config.structure + config.format + config.correctness
+
+
 def group_rewards(group: Group, verdicts: Sequence[Verdict], config: RewardConfig) -> tuple[Reward, ...] | None:
     """One reward a rollout, in order; None where any verdict is FAILED. ValueError where their numbers differ."""
     if len(verdicts) != len(group.rollouts):

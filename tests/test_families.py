@@ -3,7 +3,9 @@
 import ast
 import pathlib
 import random
+import re
 import sys
+from difflib import SequenceMatcher
 
 import numpy as np
 import pytest
@@ -182,11 +184,12 @@ def test_noise_is_where_it_is_asked_for():
 
 
 def test_a_judge_sheet_is_the_judges_prompt(tokenizer):
-    for cut in (False, True):
-        sheet = text.judge_sheet(tokenizer, random.Random(5), 3, cut)
+    for kind in ("judge", "contrast", "prefix"):
+        sheet = text.judge_sheet(tokenizer, random.Random(5), 3, kind)
+        assert sheet.kind == kind
         written = [tokenizer.decode(sheet.prompt + row.tokens) for row in sheet.rows]
         assert all(len(r.tokens) == len(r.weights) == len(r.marks) for r in sheet.rows)
-        if cut:
+        if kind == "prefix":
             assert all("def " in w and "</code" not in w for w in written)
             continue
         for w in written:
@@ -198,6 +201,18 @@ def test_a_judge_sheet_is_the_judges_prompt(tokenizer):
         right, wrong = (sum(r.weights[-1] for r, w in zip(sheet.rows, written, strict=True) if w.endswith(word))
                         for word in ("true", "false"))  # fmt: skip
         assert right == pytest.approx(wrong)
+
+
+def test_contrasts_miss_a_right_answer_by_a_token():
+    for number in range(20):
+        rng = random.Random(number)
+        item = draw(rng, "train", 1 + number % 5)
+        for code in mutate.wrong_bodies(item, rng, 3, near=True):
+            assert not item.solved_by(code)
+            tokens = [re.findall(r"\w+|[^\w\s]+", text) for text in (code, *item.right)]
+            edits = [SequenceMatcher(None, tokens[0], other, autojunk=False).get_opcodes() for other in tokens[1:]]
+            # A slip in a name that stands in several places, or of "not in", is still one slip.
+            assert min(sum(tag != "equal" for tag, *_ in edit) for edit in edits) <= 2
 
 
 def test_direct_sheets_are_encoded_as_the_evaluator_encodes(tokenizer):

@@ -12,6 +12,7 @@ from cz_jax.metrics import (
     auroc,
     average_at_k,
     by_group,
+    difference_estimate,
     expected_calibration_error,
     gain_estimate,
     judge_quality,
@@ -81,6 +82,20 @@ def test_estimates_refuse_no_tasks_and_short_rows():
             estimate([[True, True], [True]], 2)
         with pytest.raises(ValueError):
             estimate([[True]], 0)
+
+
+def test_a_difference_of_samples_and_its_interval():
+    draw = np.random.default_rng(0)
+    covered = 0
+    for _ in range(60):
+        before, after = draw.normal(0.0, 1.0, 30), draw.normal(0.4, 1.0, 50)
+        got = difference_estimate(before, after)
+        assert got["value"] == pytest.approx(after.mean() - before.mean()) and got["low"] < got["value"] < got["high"]
+        assert got["high"] - got["low"] == pytest.approx(2 * 1.96 * (1 / 30 + 1 / 50) ** 0.5, rel=0.5)
+        covered += got["low"] <= 0.4 <= got["high"]
+    assert covered >= 0.85 * 60
+    with pytest.raises(ValueError, match="at least one"):
+        difference_estimate([], [1.0])
 
 
 def test_groups_are_split_by_key():

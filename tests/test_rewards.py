@@ -6,7 +6,7 @@ import pytest
 
 from cz_jax.config import RewardConfig
 from cz_jax.nouns import Group, Outcome, Rollout, Task, Verdict
-from cz_jax.rewards import group_rewards, reward, success
+from cz_jax.rewards import group_rewards, highest_reward, reward, success
 
 TASK = Task("mbpp", "Write add.", ("assert add(1, 2) == 3",), "add", 2)
 GOOD = "```python\ndef add(a, b):\n    return a + b\n```"
@@ -41,6 +41,12 @@ def parts(text, ended, verdict, config=CZ, task=TASK):
 def test_the_parts_of_the_cz_preset(text, ended, verdict, structure, form, correctness):
     want = {"structure": structure, "format": form, "correctness": correctness}
     assert parts(text, ended, verdict) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("config", [CZ, REFERENCE, RewardConfig(structure=0.5, format=0.0, correctness=2.0)])
+def test_a_right_answer_has_the_highest_reward(config):
+    got = reward(TASK, Rollout(GOOD, True), CORRECT, config)
+    assert got.total == pytest.approx(highest_reward(config))
 
 
 def test_correctness_may_be_the_probability():

@@ -36,12 +36,12 @@ def attend_shared(q_PGTNH: jax.Array, prefix, own) -> jax.Array:
     so = jnp.einsum("pgtkrh,pgskh->pkrgts", q, ko, preferred_element_type=jnp.float32) * scale
     sp = jnp.where(prefix_mask[:, None, None, None, None, :], sp, MASKED)
     so = jnp.where(jnp.broadcast_to(own_mask, (p, g, t, ko.shape[2]))[:, None, None], so, MASKED)
-    top = jax.lax.stop_gradient(jnp.maximum(sp.max(-1, keepdims=True), so.max(-1, keepdims=True)))
+    top = jax.lax.stop_gradient(jnp.maximum(sp.max(-1), so.max(-1))[..., None])
     ep, eo = jnp.exp(sp - top), jnp.exp(so - top)
-    total = ep.sum(-1, keepdims=True) + eo.sum(-1, keepdims=True)
-    out = jnp.einsum("pkrgts,pskh->pgtkrh", (ep / total).astype(vp.dtype), vp, preferred_element_type=jnp.float32)
-    out += jnp.einsum("pkrgts,pgskh->pgtkrh", (eo / total).astype(vo.dtype), vo, preferred_element_type=jnp.float32)
-    return out.astype(vo.dtype).reshape(q_PGTNH.shape)
+    out = jnp.einsum("pkrgts,pskh->pgtkrh", ep.astype(vp.dtype), vp, preferred_element_type=jnp.float32)
+    out += jnp.einsum("pkrgts,pgskh->pgtkrh", eo.astype(vo.dtype), vo, preferred_element_type=jnp.float32)
+    total = jnp.moveaxis(ep.sum(-1) + eo.sum(-1), (1, 2), (3, 4))[..., None]  # p g t k r 1
+    return (out / total).astype(vo.dtype).reshape(q_PGTNH.shape)
 
 
 def causal(length: int) -> jax.Array:

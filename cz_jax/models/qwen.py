@@ -13,6 +13,7 @@ Legend: P prompts, G rows of a prompt, T tokens (Tp prompt, Ts suffix), D hidden
 key/value heads, H head size, L layers.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,30 @@ from flax import nnx
 from cz_jax.models.attention import attend, attend_shared, causal
 from cz_jax.models.spec import Arch, tree_of, weights
 from cz_jax.parallel import constrain_batch
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x, kernel, dtype=None):
+    """x [..., A] @ kernel [A, B] in `dtype` (None: theirs), whose derivatives are in theirs. That for the kernel is
+    written so that the narrower of its two operands is the one that is turned over: XLA on a CPU moves what it turns,
+    and all arithmetic that leads there, element by element through memory."""
+    return jnp.matmul(x, kernel, preferred_element_type=dtype)
+
+
+def _matmul_forward(x, kernel, dtype):
+    return matmul(x, kernel, dtype), (x, kernel)
+
+
+def _matmul_backward(_, kept, dy):
+    x, kernel = kept
+    dy = dy.astype(x.dtype)
+    rows = tuple(range(x.ndim - 1))
+    narrow_first = (x, dy) if x.shape[-1] <= dy.shape[-1] else (dy, x)
+    dkernel = jax.lax.dot_general(*narrow_first, ((rows, rows), ((), ())))
+    return dy @ kernel.T, dkernel if narrow_first[0] is x else dkernel.T
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nnx.Module):
@@ -35,9 +60,9 @@ class Linear(nnx.Module):
         self.lora_scale = nnx.Variable(leaves["lora_scale"]) if "lora_a" in leaves else None
 
     def __call__(self, x):
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = matmul(x, self.kernel[...].astype(x.dtype))
         if self.lora_a is not None:
-            low = (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
+            low = matmul(matmul(x, self.lora_a[...].astype(x.dtype)), self.lora_b[...].astype(x.dtype))
             y = y + low * self.lora_scale[...].astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
@@ -119,7 +144,7 @@ def head_matrix(arch: Arch, params: dict) -> jax.Array:
 
 def logits_of(hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
     """float32 logits [..., V] of final hidden states [..., D]."""
-    return jnp.matmul(hidden, head_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return matmul(hidden, head_DV.astype(hidden.dtype), jnp.float32)
 
 
 def rope_tables(positions: jax.Array, arch: Arch):

@@ -1,10 +1,13 @@
 """How good the tiny models are, through the real roles; what an answer gives is found by our own small interpreter.
 
-    nice python scripts/tiny/evaluate.py [FOLDER] [--tasks N] [--pairs N] [--mode direct|reason] [--seed S] [--card]
+    nice python scripts/tiny/evaluate.py [FOLDER] [--judge FOLDER] [--tasks N] [--pairs N] [--mode direct|reason]
+                                         [--seed S] [--card]
 
-FOLDER holds the speaker, FOLDER/judge the judge (default: the embedded model). Prints one JSON object: valid proposals
-by level; right answers of the solver by level and split (train: new draws of trained families; new_parts: combinations
-of parts never trained on; new_families); the judge on made pairs by split, and on the solver's own answers.
+FOLDER holds the speaker (default: the embedded model), or a solver that was trained from it; the judge is the one
+beside it, or --judge. Prints one JSON object: valid proposals by level; right answers of the solver by level and split
+(train: new draws of trained families; new_parts: combinations of parts never trained on; new_families) and the share
+that the judge calls right, whose growing distance from the first would be reward hacking; the judge on made pairs by
+split.
 """
 
 import argparse
@@ -112,11 +115,10 @@ def evaluate_judge(evaluator: ModelEvaluator, pairs: list[tuple[Item, str, bool]
     return quality | {"n_pairs": len(pairs), "accuracy_by_level": by_level}
 
 
-def evaluate(folder: str, tasks: int, pairs: int, mode: str, seed: int) -> dict:
+def evaluate(folder: str, judge_folder: str, tasks: int, pairs: int, mode: str, seed: int) -> dict:
     mesh = parallel.make_mesh(1, -1, 1)
-    judge_folder = pathlib.Path(folder) / "judge"
     speaker = load_model(folder, None, "float32", mesh).engine(mesh, "float32", AT_ONCE)
-    judge = load_model(str(judge_folder), None, "float32", mesh).engine(mesh, "float32", AT_ONCE)
+    judge = load_model(judge_folder, None, "float32", mesh).engine(mesh, "float32", AT_ONCE)
     evaluator = ModelEvaluator(judge, EvaluatorConfig(mode=mode, reason_tokens=96), seed)
     solver = ModelSolver(speaker, SamplingConfig(max_new_tokens=NEW_TOKENS), ROLLOUTS, seed, "tiny", lambda: "")
     return {
@@ -137,13 +139,16 @@ def main() -> None:
     embedded = pathlib.Path(__file__).resolve().parents[2] / "cz_jax" / "assets" / "tiny"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", default=str(embedded))
+    parser.add_argument("--judge", help="default: FOLDER/judge where it is, else the embedded one")
     parser.add_argument("--tasks", type=int, default=64, help="tasks and proposals a level and split; 0: none")
     parser.add_argument("--pairs", type=int, default=2000, help="pairs a split; 0: none")
     parser.add_argument("--mode", choices=("direct", "reason"), default="direct")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--card", action="store_true", help="write what was measured into the model cards")
     a = parser.parse_args()
-    found = evaluate(a.folder, a.tasks, a.pairs, a.mode, a.seed)
+    beside = pathlib.Path(a.folder) / "judge"
+    judge = a.judge or str(beside if beside.is_dir() else embedded / "judge")
+    found = evaluate(a.folder, judge, a.tasks, a.pairs, a.mode, a.seed)
     if a.card:
         write_cards(pathlib.Path(a.folder), found)
     print(json.dumps(found, indent=2))

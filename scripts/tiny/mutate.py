@@ -27,9 +27,11 @@ METHODS = {
 }  # fmt: skip
 
 
-def wrong_bodies(item: Item, rng: random.Random, count: int, others: tuple[Item, ...] = ()) -> list[str]:
+def wrong_bodies(
+    item: Item, rng: random.Random, count: int, others: tuple[Item, ...] = (), near: bool = False
+) -> list[str]:
     """At most `count` different wrong answers to the item: slips in its right bodies, and right bodies of `others`
-    under this item's names."""
+    under this item's names. `near`: slips of one token alone, as far as there are any."""
     found: list[str] = []
     for _ in range(8 * count):
         if len(found) == count:
@@ -37,15 +39,15 @@ def wrong_bodies(item: Item, rng: random.Random, count: int, others: tuple[Item,
         if others and rng.random() < 0.15:
             code = _borrowed(item, rng.choice(others), rng)
         else:
-            code = _slip(rng.choice(item.right), item, rng)
+            code = _slip(rng.choice(item.right), item, rng, NEAR_SLIPS if near else SLIPS)
         if code is not None and code not in found and code not in item.right and not item.solved_by(code):
             found.append(code)
     return found
 
 
-def _slip(code: str, item: Item, rng: random.Random) -> str | None:
+def _slip(code: str, item: Item, rng: random.Random, slips: tuple) -> str | None:
     tree = ast.parse(code)
-    kinds = rng.sample(SLIPS, len(SLIPS))
+    kinds = rng.sample(slips, len(slips))
     for kind in kinds:
         edits = list(kind(tree, item, rng))
         if edits:
@@ -219,3 +221,4 @@ SLIPS = (
     _operators, _comparisons, _constants, _constants, _calls, _conditions, _unwrapped, _names, _slices, _orders,
     _statements, _entry,
 )  # fmt: skip
+NEAR_SLIPS = (_operators, _comparisons, _constants, _constants, _calls, _names, _entry)

@@ -15,6 +15,7 @@ SHAPES = {
     "solve": (16, ((112, 40), (176, 80))),
     "prefix": (8, ((160, 48), (208, 72))),
     "judge": (8, ((160, 84), (208, 112))),
+    "contrast": (8, ((160, 84), (208, 112))),
 }
 
 
@@ -25,7 +26,7 @@ def make_sheet(tokenizer: ChatTokenizer, kind: str, number: int, noise: float, s
         return propose_sheet(tokenizer, rng, level)
     if kind == "solve":
         return solve_sheet(tokenizer, rng, level, noise)
-    return judge_sheet(tokenizer, rng, level, cut=kind == "prefix")
+    return judge_sheet(tokenizer, rng, level, kind)
 
 
 def make_sheets(counts: dict[str, int], seed: str, noise: float, folder: pathlib.Path) -> list[Sheet]:
@@ -70,4 +71,4 @@ def batch_of(sheets: list[Sheet], shape: tuple[int, int], pad: int) -> dict:
             n = len(row.tokens)
             batch["rows"][i, j, :n], batch["weights"][i, j, :n] = row.tokens, row.weights
             batch["marks"][i, j, :n], batch["ends"][i, j] = row.marks, n
-    return {"only_last": sheets[0].kind == "judge", "kind": sheets[0].kind, **batch}
+    return {"only_last": sheets[0].kind in ("judge", "contrast"), "kind": sheets[0].kind, **batch}

@@ -19,6 +19,7 @@ LEVELS = (1, 2, 3, 4, 5)
 WRONG_SHARE = {1: 0.20, 2: 0.25, 3: 0.40, 4: 0.45, 5: 0.55}
 UNTIDY_SHARE = 0.15
 PROPOSALS, ANSWERS = 4, 2  # continuations of a proposer's and of a judge's sheet
+CONTRASTS = 3  # answers that miss by a token, beside the right one of a "contrast" sheet
 NONE, WRONG, RIGHT = -1, 0, 1
 
 
@@ -34,7 +35,7 @@ class Continuation:
 
 @dataclass
 class Sheet:
-    kind: str  # "propose", "solve", "prefix" or "judge"
+    kind: str  # "propose", "solve", "prefix", "judge" or "contrast"
     prompt: list[int]
     rows: list[Continuation]
 
@@ -94,12 +95,17 @@ def labelled_answers(item: Item, rng: random.Random, count: int, others: tuple[I
     return [(code, True) for code in right] + [(code, False) for code in wrong]
 
 
-def judge_sheet(tokenizer: ChatTokenizer, rng: random.Random, level: int, cut: bool = False) -> Sheet:
+def judge_sheet(tokenizer: ChatTokenizer, rng: random.Random, level: int, kind: str = "judge") -> Sheet:
     """Answers to one task under one nonce, with their verdicts. Right and wrong ones weigh the same, however many there
-    are of each. `cut`: the prompt ends where the code does, and right code is to be predicted instead of a verdict."""
+    are of each. Kind "prefix": the prompt ends where the code does, and right code is to be predicted instead of a
+    verdict; "contrast": a right answer and several that miss it by a token."""
     item = draw(rng, "train", level)
-    others = (draw(rng, "train", level),)
-    labelled = labelled_answers(item, rng, ANSWERS, others)
+    if kind == "contrast":
+        labelled = [(rng.choice(item.right), True)]
+        labelled += [(code, False) for code in wrong_bodies(item, rng, CONTRASTS, near=True)]
+    else:
+        labelled = labelled_answers(item, rng, ANSWERS, (draw(rng, "train", level),))
+    cut = kind == "prefix"
     nonce = f"{rng.getrandbits(32):08x}"
     share = {label: 0.5 * len(labelled) / max(1, sum(b == label for _, b in labelled)) for label in (True, False)}
 
@@ -120,7 +126,7 @@ def judge_sheet(tokenizer: ChatTokenizer, rng: random.Random, level: int, cut: b
         marks = _marks(code, ways) + [NONE] * len(rest)
         weights = [0.0] * (len(code) + len(rest) - 1) + [share[label]]
         rows.append(Continuation(code + rest, weights, marks))
-    return Sheet("prefix" if cut else "judge", asked[0][:start], rows)
+    return Sheet(kind, asked[0][:start], rows)
 
 
 def _marks(code: list[int], ways: list[list[int]]) -> list[int]:

@@ -47,6 +47,8 @@ BRANCHES = {
         Stage("marks", {"prefix": 11000, "solve": 1600}, 6e-4, prompt_share=0.05, mark_share=3.0, extra_layers=2),
         Stage("verdicts", {"judge": 3000}, 5e-4, prompt_share=0.0, mark_share=3.0),
         Stage("practice", {"judge": 6500}, 6e-4, prompt_share=0.0, mark_share=3.0),
+        Stage("long_practice", {"judge": 16000}, 6e-4, prompt_share=0.0, mark_share=3.0),
+        Stage("contrast", {"contrast": 9000, "judge": 3000}, 6e-4, prompt_share=0.0, mark_share=3.0),
     ),
 }
 

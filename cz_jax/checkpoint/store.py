@@ -66,7 +66,10 @@ class Checkpoints:
         self._primary, self._writes = jax.process_index() == 0, lock
         self._pending: tuple[int, Future] | None = None
         self._lock = _lock(self.folder) if lock and self._primary else None
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        handler = ocp.PyTreeCheckpointHandler(
+            use_compression=False
+        )  # weights hardly shrink, and compressing takes longest
+        self._orbax = ocp.AsyncCheckpointer(handler)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._quiet = _RaisedAnyway()
         logging.getLogger("absl").addFilter(self._quiet)

@@ -2,9 +2,12 @@
 
 import json
 import multiprocessing
+import os
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +80,14 @@ def test_counted_bytes_are_those_of_the_compiled_programs(small):
             program = programs.compiled(Quick(lower()))
         seen, said = given[name] + program.working, given[name] + counted.phases[name]
         assert abs(said / seen - 1) < 0.15, (name, said, seen)
+
+
+def test_predicted_bytes_are_what_a_process_grows_by():
+    words = [sys.executable, str(CONFIGS.parent / "scripts/check_plan.py"), "--shape", "qwen2-50m", "--layers", "1"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    said = subprocess.run([*words, "--programs", "judge"], stdout=subprocess.PIPE, text=True, env=environment).stdout
+    seen = json.loads(said.splitlines()[-1])["bytes"]["judge"]
+    assert seen["measured"] > 1.2e8 and abs(seen["compiled"] / seen["measured"] - 1) < 0.15, seen
 
 
 def test_what_stays_is_what_a_built_node_holds():

@@ -1,5 +1,6 @@
 """Whole runs on the embedded tiny model: what a run folder holds, exact resume, interrupts, kills, adapters, export."""
 
+import contextlib
 import json
 import os
 import random
@@ -15,9 +16,12 @@ import pytest
 from cz_jax.build import convert_model, evaluate_model, export_run, judge_model, train
 from cz_jax.build.models import load_model
 from cz_jax.build.node import Pool
+from cz_jax.build.verbs import Keeper
 from cz_jax.config import from_dict, load, to_toml
-from cz_jax.errors import CheckpointError, ConfigError, ModelFolderError, TaskError, UserError
+from cz_jax.difficulty import LevelState
+from cz_jax.errors import CheckpointError, ConfigError, ModelFolderError, Preempted, TaskError, UserError
 from cz_jax.ledger import RunLedger
+from cz_jax.loop import Position
 from cz_jax.models.spec import weights
 from cz_jax.parallel import make_mesh, tree_digest
 from cz_jax.ports import SamplingMethod
@@ -242,6 +246,25 @@ def test_ctrl_c_before_the_first_round(tmp_path, stage, resumes):
     if resumes:
         again = child(path, tmp_path / "run", "run.rounds=1", "eval.before_and_after=false", "--resume")
         assert again.wait(200) == 0, again.stderr.read()
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["by the update", "by nobody"])
+def test_a_save_that_fails_on_an_interrupt_is_told_unless_the_update_took_the_parameters(taken):
+    state = {"w": jax.numpy.ones(3)}
+
+    class Failing:
+        def save(self, number, arrays, host, score):
+            if taken:
+                arrays["w"].delete()
+            raise CheckpointError("the checkpoint of round 3 could not be written")
+
+    learner = type("Learner", (), {"state": state})
+    built = type("Built", (), {"learner": learner, "host_state": staticmethod(lambda position: {})})
+    keeper = Keeper(built, None, Failing())
+    keeper.mark(Position(3, LevelState(1)))
+    with contextlib.nullcontext() if taken else pytest.raises(CheckpointError):
+        keeper.save_interrupted(Preempted())
+    assert keeper.saved is None
 
 
 def read_until(run, text):

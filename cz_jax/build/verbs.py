@@ -150,11 +150,16 @@ class Keeper:
     def save_interrupted(self, interrupt: KeyboardInterrupt) -> None:
         """Saves the last finished round where an update has not yet taken its parameters apart; otherwise the
         checkpoint before it continues the run just as exactly. So it does where Ctrl-C reaches several processes, which
-        are then at different moments; Preempted finds all of them at the same one."""
+        are then at different moments; Preempted finds all of them at the same one. An update that was still being
+        compiled may begin while its parameters are saved: the save is then given up like one that came too late."""
         together = jax.process_count() == 1 or isinstance(interrupt, Preempted)
         if together and self._last is not None and self._last[0] != self.saved and self.is_whole():
-            self.save()
-            self._checkpoints.wait()
+            try:
+                self.save()
+                self._checkpoints.wait()
+            except CheckpointError:
+                if self.is_whole():
+                    raise
         if together:
             wait_for_all("the last checkpoint")  # a process that is gone would end the others before theirs is whole
 

@@ -66,7 +66,8 @@ class Checkpoints:
         self._primary, self._writes = jax.process_index() == 0, lock
         self._pending: tuple[int, Future] | None = None
         self._lock = _lock(self.folder) if lock and self._primary else None
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        # Trained weights hardly shrink, and to compress them takes longer than to write and hash them.
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._quiet = _RaisedAnyway()
         logging.getLogger("absl").addFilter(self._quiet)

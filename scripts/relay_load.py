@@ -159,11 +159,11 @@ async def _readers(address: str, active: int, idle: int, seconds: float, start_l
     options = [("grpc.use_local_subchannel_pool", 1)]
     channels = [grpc.aio.insecure_channel(address, options) for _ in range(active + idle)]
     stubs = [RelayStub(c) for c in channels]
-    quiet = FetchRequest(run=RUN + "-quiet", kind=GROUP, limit=1, wait_ms=WAIT_MS)
 
     async def waits(stub) -> int:
         until, failed = time.monotonic() + seconds, 0
-        while time.monotonic() < until:
+        while (left := until - time.monotonic()) > 0:
+            quiet = FetchRequest(run=RUN + "-quiet", kind=GROUP, limit=1, wait_ms=min(WAIT_MS, int(left * 1000)))
             try:
                 await stub.Fetch(quiet, timeout=CALL_SECONDS + WAIT_MS / 1000)
             except grpc.aio.AioRpcError:

@@ -7,6 +7,7 @@ public key message: SHA-256 for RSA, the message itself for Ed25519.
 What this does not protect: the file is not encrypted; whoever reads it is the peer.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -25,6 +26,7 @@ MAX_FILE_BYTES = 1 << 16
 RSA_PUBLIC_PREFIX = bytes.fromhex("080012a602")  # type 0, then 294 bytes of SubjectPublicKeyInfo
 ED25519_PUBLIC_PREFIX = bytes.fromhex("08011220")  # type 1, then 32 bytes
 RSA_SPKI_BYTES = 294
+KEYS_KEPT = 1024  # public keys, read once while their peers go on publishing
 
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
@@ -133,6 +135,7 @@ def verify(public_bytes: bytes, message: bytes, signature: bytes) -> bool:
     return True
 
 
+@functools.lru_cache(KEYS_KEPT)
 def peer_id_of(public_bytes: bytes) -> str:
     """The peer id of a public key message. ValueError for one that `verify` would refuse."""
     _public_key(public_bytes)
@@ -217,6 +220,7 @@ def _private_key(kind: int, key: bytes):
     return private
 
 
+@functools.lru_cache(KEYS_KEPT)
 def _public_key(message: bytes):
     """The key in a public key message. ValueError unless it is RSA-2048 or Ed25519 of large order, spelled exactly."""
     if message.startswith(ED25519_PUBLIC_PREFIX) and len(message) == len(ED25519_PUBLIC_PREFIX) + 32:

@@ -66,11 +66,13 @@ def demo(
         address = serving["address"]
         say("note", text=f"the relay's live page: {serving['page']} (from another machine: {serving['ssh']})")
         proposer = household.start("proposer", _propose, node_config(setup, 0, address), out / "proposer")
-        seats = [
-            household.start(f"node-{i}", _train, node_config(setup, i, address), out / f"node-{i}")
-            for i in range(1, setup["nodes"] + 1)
-        ]
-        household.watch(seats, needed=[relay, proposer])
+        # The first node compiles; the others begin when it has evaluated, and find most programs in the cache.
+        seats = []
+        for i in range(1, setup["nodes"] + 1):
+            seats.append(household.start(f"node-{i}", _train, node_config(setup, i, address), out / f"node-{i}"))
+            if i == 1:
+                household.watch(seats, [relay, proposer], until=("evaluated", "round"))
+        household.watch(seats, [relay, proposer])
     summary = _summarise(out, setup, seats, time.perf_counter() - begun)
     say("done", summary=summary)
     return summary
@@ -178,16 +180,18 @@ class Household:
             time.sleep(LOOK_SECONDS)
         raise RunStopped(f"the {seat.name} did not begin within {seconds:g} s", "", f"see {seat.log}")
 
-    def watch(self, seats: list[Seat], needed: list[Seat]) -> None:
-        """Passes on what the processes say until all of `seats` are done; `needed` must not end before."""
+    def watch(self, seats: list[Seat], needed: list[Seat], until: tuple[str, ...] = ()) -> None:
+        """Passes on what the processes say until all of `seats` are done, or one of them has told of an event of
+        `until`; `needed` must not end before."""
         while True:
-            working = [s for s in seats if s.process.is_alive()]
+            working, told = [s for s in seats if s.process.is_alive()], False
             for seat in (*needed, *seats):
                 for news in seat.news():
                     self._pass_on(seat, dict(news))
+                    told |= seat in seats and news["event"] in until
                 if seat in needed or seat not in working:
                     self._check(seat, done_is_fine=seat in seats)
-            if not working:
+            if told or not working:
                 return
             time.sleep(LOOK_SECONDS)
 

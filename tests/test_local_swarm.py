@@ -28,6 +28,12 @@ def plays(rounds: int, folder: pathlib.Path) -> None:
         tells("round", number=number, of=rounds, metrics={"reward": 0.1})
 
 
+def plays_slowly(rounds: int, folder: pathlib.Path) -> None:
+    for number in range(1, rounds + 1):
+        tells("round", number=number, of=rounds, metrics={"reward": 0.1})
+        time.sleep(1.0)
+
+
 def fails(folder: pathlib.Path) -> None:
     tells("phase", name="loading")
     raise UserError("the relay's port is taken", "another relay?")
@@ -63,6 +69,16 @@ def test_events_are_passed_on_with_their_source(tmp_path):
     rounds = [(fields["source"], fields["number"]) for event, fields in said if event == "round"]
     assert sorted(rounds) == [("node-1", 1), ("node-2", 1), ("node-2", 2)]
     assert "a library's warning" in (tmp_path / "logs" / "node-1.log").read_text()
+
+
+def test_watching_ends_with_an_event(tmp_path):
+    heard = []
+    with Household(tmp_path, lambda event, **fields: heard.append((event, fields.get("number")))) as household:
+        seat = household.start("node-1", plays_slowly, 3, tmp_path)
+        household.watch([seat], needed=[], until=("round",))
+        assert ("round", 1) in heard and ("round", 3) not in heard and seat.process.is_alive()
+        household.watch([seat], needed=[])
+    assert [number for event, number in heard if event == "round"] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("work, words", [(fails, "the relay's port is taken"), (breaks, "ZeroDivisionError: a defect")])

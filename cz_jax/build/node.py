@@ -72,12 +72,16 @@ class Built:
         return Position(number, LevelState.from_dict(host["level"]))
 
 
+CACHED_FROM = 0.2  # seconds that a program took to compile; JAX's own second would leave most of a tiny model's out
+
+
 def set_compile_cache(setting: str) -> None:
     """Compiled programs are kept from run to run in the folder that run.compile_cache names."""
     folder = compile_cache_folder(setting)
     if folder is not None:
         local_folder(folder).mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHED_FROM)
 
 
 def mesh_of(config: Config):

@@ -17,8 +17,8 @@ replaced; "groups trained" tells how many entered it. No proposer, no cap on a p
 
 The nodes are played in turn in one process, each with its own model, key, cursor and line to the relay, which serves on
 loopback in a thread. Processes would run the same rounds, but each would start, load and compile anew and they would
-wait for the same two cores; in turn they also stay in step whatever their speed, and a node sees each group of a peer
-once: of this round from those before it, of the last round from those after it. A turn ends when the relay has
+wait for the same two cores; in turn they also stay in step whatever their speed, and a node is offered a peer's group
+at most once: of this round from those before it, of the last from those after it. A turn ends when the relay has
 acknowledged its groups, and a relay that does not ends the run: no node may train alone unseen.
 
 Cumulative reward: the sum over rounds of the mean reward of a node's own answers. Intervals: 95%, percentile bootstrap

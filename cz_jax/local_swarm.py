@@ -65,13 +65,14 @@ def demo(
         serving = household.wait_for(relay, "serving", RELAY_SECONDS)
         address = serving["address"]
         say("note", text=f"the relay's live page: {serving['page']} (from another machine: {serving['ssh']})")
-        proposer = household.start("proposer", _propose, node_config(setup, 0, address), out / "proposer")
+        seats = [household.start("node-1", _train, node_config(setup, 1, address), out / "node-1")]
         # The first node compiles; the others begin when it has evaluated, and find most programs in the cache.
-        seats = []
-        for i in range(1, setup["nodes"] + 1):
-            seats.append(household.start(f"node-{i}", _train, node_config(setup, i, address), out / f"node-{i}"))
-            if i == 1:
-                household.watch(seats, [relay, proposer], until=("evaluated", "round"))
+        household.watch(seats, [relay], until=("evaluated", "round"))
+        proposer = household.start("proposer", _propose, node_config(setup, 0, address), out / "proposer")
+        seats += [
+            household.start(f"node-{i}", _train, node_config(setup, i, address), out / f"node-{i}")
+            for i in range(2, setup["nodes"] + 1)
+        ]
         household.watch(seats, [relay, proposer])
     summary = _summarise(out, setup, seats, time.perf_counter() - begun)
     say("done", summary=summary)

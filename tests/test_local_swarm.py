@@ -211,14 +211,18 @@ def test_a_demo_that_is_interrupted_goes_on_and_ends_with_everything(tmp_path):
         [*words, "--rounds", "3"], env=environment, stdin=subprocess.DEVNULL, stdout=-1, stderr=-1, text=True
     )
     lines = timed_lines(first)
-    assert wait_for(lines, "starting the relay", 30) - begun < 2
-    assert wait_for(lines, "round 1/3", 120) - begun < 60
-    wait_for(lines, "ssh -L", 1)
-    asked = time.monotonic()
-    first.send_signal(signal.SIGINT)
-    assert wait_for(lines, f"interrupted; go on with: cz-jax demo --out {out}", 30) - asked < 5
-    told = first.stdout.read()
-    assert (first.wait(timeout=30), told) == (130, "")
+    try:
+        assert wait_for(lines, "starting the relay", 30) - begun < 2
+        assert wait_for(lines, "before (60 held-out tasks)", 120) - begun < 60  # the first point of a curve
+        wait_for(lines, "ssh -L", 1)
+        wait_for(lines, "round 1/3", 120)
+        asked = time.monotonic()
+        first.send_signal(signal.SIGINT)
+        assert wait_for(lines, f"interrupted; go on with: cz-jax demo --out {out}", 30) - asked < 5
+        told = first.stdout.read()
+        assert (first.wait(timeout=30), told) == (130, "")
+    finally:
+        first.kill()
     times = [begun, *(at for at, _ in lines)]
     assert max(b - a for a, b in zip(times, times[1:], strict=False)) < 6  # a silence over 5 s is broken by a line
     assert not any("Traceback" in line or "\x1b" in line for _, line in lines)

@@ -51,8 +51,9 @@ def small(monkeypatch):
 
 
 def whole(model: str, **sections) -> Config:
-    """Every role played by `model`, in bfloat16 but for the solver's weights."""
+    """Every role played by `model`, in bfloat16 but for the solver's weights; large micro-batches, computed twice."""
     roles = {"proposer": {"model": model, "dtype": "bfloat16"}, "evaluator": {"model": model, "dtype": "bfloat16"}}
+    sections["grpo"] = {"micro_batch_tokens": 16384, "remat": "layer"} | sections.get("grpo", {})
     return from_dict({"solver": {"model": model, "compute_dtype": "bfloat16"}} | roles | sections)
 
 

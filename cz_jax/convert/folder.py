@@ -52,8 +52,8 @@ class FolderFacts:
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether `model` has the form of a Hugging Face hub id, "organisation/name"."""
-    return bool(_HUB_ID.fullmatch(model)) and ".." not in model and "--" not in model
+    """Whether `model` has the form of a Hugging Face hub id, "organisation/name", and is not embedded."""
+    return model not in EMBEDDED and bool(_HUB_ID.fullmatch(model)) and ".." not in model and "--" not in model
 
 
 def locate(model: str, revision: str | None = None) -> pathlib.Path:

@@ -75,8 +75,9 @@ class Work:
 
 
 def architecture(model: str) -> Arch:
-    """The architecture of `model` as a config names it: a folder, one of ours, "tiny", `random:SHAPE`, or the hub id of
-    a published shape; any other hub id is asked for at the hub's cache. ModelFolderError where it cannot be told."""
+    """The architecture of `model` as a config names it: a folder, one of ours, an embedded one, `random:SHAPE`, or the
+    hub id of a published shape; any other hub id is asked for at the hub's cache. ModelFolderError where it cannot be
+    told."""
     if model.startswith(RANDOM):
         name = model.removeprefix(RANDOM)
         if name not in RANDOM_SHAPES:

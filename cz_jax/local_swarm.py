@@ -278,7 +278,8 @@ def _summarise(out: pathlib.Path, setup: dict, seats: list[Seat], seconds: float
     ledgers = {s.name: RunLedger(s.folder) for s in seats}
     by_node = {name: ledger.read_summary() for name, ledger in ledgers.items()}
     rewards = [[line.get("reward") or 0.0 for line in ledger.rounds()] for ledger in ledgers.values()]
-    first, last = ([r for row in rewards for r in cut(row)] for cut in (lambda x: x[:10], lambda x: x[-10:]))
+    first = [r for row in rewards for r in row[:10]]
+    last = [r for row in rewards for r in row[-10:]]
     gain = difference_estimate(first, last)
     left = highest_reward(node_config(setup, 1, "").reward) - fmean(first)
     # The better one by its training reward: chosen by the held-out score, that score would be too good.
@@ -292,7 +293,7 @@ def _summarise(out: pathlib.Path, setup: dict, seats: list[Seat], seconds: float
         "seconds": round(seconds, 3),
         "reward_mean_first10": fmean(first),
         "reward_mean_last10": fmean(last),
-        "reward_gain": gain | {"share_of_what_was_left": gain["value"] / left},
+        "reward_gain": gain | {"share_of_what_was_left": gain["value"] / left if left > 0 else None},
         "better_node": best,
         **{k: v for k, v in better.items() if k.startswith(("avg_at_k", "pass_at_k", "solve_rate"))},
         "level_history": better["level_history"],

@@ -51,7 +51,7 @@ def difference_estimate(before: Sequence[float], after: Sequence[float]) -> dict
     on its own. ValueError where one is empty."""
     if not len(before) or not len(after):
         raise ValueError(f"{len(before)} values before and {len(after)} after: at least one each")
-    means = [_resampled_means(np.asarray(values, np.float64), seed) for seed, values in enumerate((before, after))]
+    means = [resampled_means(np.asarray(values, np.float64), seed) for seed, values in enumerate((before, after))]
     low, high = np.quantile(means[1] - means[0], [0.025, 0.975])
     return {"value": float(np.mean(after) - np.mean(before)), "low": float(low), "high": float(high)}
 
@@ -89,12 +89,13 @@ def _estimate(values: Sequence[float], k: int) -> dict[str, float]:
 
 def _bootstrap(values_N: np.ndarray) -> tuple[float, float]:
     """The percentile bootstrap's 95% interval of the mean."""
-    low, high = np.quantile(_resampled_means(values_N, BOOTSTRAP_SEED), [0.025, 0.975])
+    low, high = np.quantile(resampled_means(values_N, BOOTSTRAP_SEED), [0.025, 0.975])
     return float(low), float(high)
 
 
-def _resampled_means(values_N: np.ndarray, seed: int) -> np.ndarray:
-    """float64 [RESAMPLES]: means of as many values, drawn from `values_N` with replacement."""
+def resampled_means(values_N: np.ndarray, seed: int) -> np.ndarray:
+    """float64 [RESAMPLES]: means of as many values, drawn from `values_N` with replacement; the same places of equally
+    many values for the same seed."""
     generator = np.random.default_rng(seed)
     draws = (values_N[generator.integers(len(values_N), size=len(values_N))].mean() for _ in range(RESAMPLES))
     return np.fromiter(draws, np.float64, RESAMPLES)

@@ -43,6 +43,7 @@ from cz_jax.config import Config, from_dict
 from cz_jax.errors import ConfigError, RunStopped, UserError
 from cz_jax.files import local_folder, write_atomic
 from cz_jax.local_swarm import DEMO, quiet
+from cz_jax.metrics import BOOTSTRAP_SEED, resampled_means
 from cz_jax.nouns import digest
 
 NODES, GROUPS = 4, 8
@@ -53,7 +54,6 @@ LAST = 10  # rounds that "last" is the mean of
 EVAL_K, EVAL_TASKS = 4, 40
 ACKNOWLEDGED_SECONDS = 30.0
 SAY_EVERY = 5  # rounds
-RESAMPLES = 4000
 
 
 def node_config(setting: str, seed: int, place: int, rounds: int, relay: str = "") -> Config:
@@ -76,9 +76,8 @@ def configs_digest(setting: str, seed: int, rounds: int) -> str:
     return digest([node_config(setting, seed, place, rounds).digest for place in range(1, NODES + 1)])
 
 
-def play(setting: str, seed: int, rounds: int, tell: Callable[[int, float], None], compiled: dict) -> dict:
-    """One run: its result as OUT/run-*.json holds it. `tell(round, mean reward)` after each round of all nodes;
-    `compiled`: empty at first, then what the learners of later runs take over."""
+def play(setting: str, seed: int, rounds: int, tell: Callable[[int, float], None]) -> dict:
+    """One run: its result as OUT/run-*.json holds it. `tell(round, mean reward)` after each round of all nodes."""
     from cz_jax.build.node import build
     from cz_jax.swarm.relay import RelayOptions, RelayThread
 
@@ -90,10 +89,6 @@ def play(setting: str, seed: int, rounds: int, tell: Callable[[int, float], None
         for place in range(1, NODES + 1):
             config = node_config(setting, seed, place, rounds, relay.address)
             nodes.append(stack.enter_context(contextlib.closing(build(config, _say_for(place)))))
-        for built in nodes:
-            # A step is compiled for each learner's options, which differ in the seed that float32 has no use for. One
-            # step for all nodes and runs saves most of the study's time.
-            built.learner._options = compiled.setdefault("options", built.learner._options)
         result = {
             "setting": setting,
             "seed": seed,
@@ -203,8 +198,8 @@ def interval(values, over=None) -> dict[str, float]:
     """{"value", "low", "high"}: the mean of `values`, or its ratio to the mean of `over`, drawn in pairs with it."""
     values_N = np.asarray(values, np.float64)
     over_N = np.ones_like(values_N) if over is None else np.asarray(over, np.float64)
-    draws_RN = np.random.default_rng(0).integers(len(values_N), size=(RESAMPLES, len(values_N)))
-    low, high = np.quantile(values_N[draws_RN].mean(1) / over_N[draws_RN].mean(1), [0.025, 0.975])
+    means_R, over_R = (resampled_means(x, BOOTSTRAP_SEED) for x in (values_N, over_N))  # one seed: the same draws
+    low, high = np.quantile(means_R / over_R, [0.025, 0.975])
     return {"value": float(values_N.mean() / over_N.mean()), "low": float(low), "high": float(high)}
 
 
@@ -285,9 +280,9 @@ def study(out: pathlib.Path, rounds: int, settings: list[str], seeds: list[int])
     out.mkdir(parents=True, exist_ok=True)
     read_results(out, rounds)  # what does not fit together is told before the first run, not after it
     runs = [(s, seed) for seed in seeds for s in settings if not result_path(out, s, seed).exists()]
-    progress, compiled = Progress(len(runs), rounds), {}
+    progress = Progress(len(runs), rounds)
     for i, (setting, seed) in enumerate(runs, 1):
-        result = play(setting, seed, rounds, progress.of(i, setting, seed), compiled)
+        result = play(setting, seed, rounds, progress.of(i, setting, seed))
         write_atomic(result_path(out, setting, seed), (json.dumps(result) + "\n").encode("ascii"))
         write_table(out, rounds)
     return write_table(out, rounds)

@@ -12,7 +12,7 @@ import pytest
 from golden_models import FAMILIES, load
 
 from cz_jax import parallel
-from cz_jax.config import OptimizerConfig
+from cz_jax.config import OptimizerConfig, from_dict
 from cz_jax.grpo import logprobs, loss, step
 from cz_jax.grpo.batch import Row, pack
 from cz_jax.grpo.loss import LossOptions, denominators
@@ -20,6 +20,8 @@ from cz_jax.grpo.optimizer import make_optimizer
 from cz_jax.grpo.step import StepOptions, batch_logprobs, init_state, loss_and_gradients, train_step
 from cz_jax.models import attention, lora, qwen
 from cz_jax.models.spec import tree_of, weights
+from cz_jax.nouns import Group, Rollout
+from cz_jax.roles.learner import GrpoLearner
 
 # Adam's first step divides each gradient by its own size, rounding included: a large rate would compare the
 # rounding of gradients that nearly vanish. Their own comparison is `close`, without a rate.
@@ -227,3 +229,17 @@ def test_the_compiled_step_holds_no_buffer_of_tokens_by_vocabulary():
         largest = max(max(sizes), 320 * arch.hidden_size)
         assert largest < tokens * 320 / 4, f"a buffer of {largest} floats; the chunk has {chunk * 320}"
         assert any(n == chunk * 320 for n in sizes)  # the chunk itself is there, so the search finds what it looks for
+
+
+def test_nodes_of_other_seeds_share_one_compiled_step():
+    """In float32, where nothing is rounded at random: a household of nodes then compiles the update once."""
+    arch, params, _ = load("qwen2")
+    rollouts = [Rollout("", True, tokens=(4, 5, n), logprobs=(-1.0, -1.0, -1.0)) for n in (6, 7)]
+    group = Group(None, "", "", 0, rollouts)
+    mesh, before = parallel.make_mesh(1, 1, 1, jax.devices()[:1]), train_step._cache_size()
+    for seed in (1, 2):
+        config = from_dict({"run": {"seed": seed, "rounds": 3}})
+        mine = jax.tree.map(jnp.copy, params)
+        learner = GrpoLearner(arch, mine, config, mesh, lambda task: [8, 9, 10], None)
+        assert learner.update([group], [[1.0, 0.0]], [True])["gradient_norm"]
+    assert train_step._cache_size() == before + 1

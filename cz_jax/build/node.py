@@ -2,6 +2,7 @@
 them."""
 
 import dataclasses
+import os
 import pathlib
 from collections import Counter
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ from cz_jax.swarm.client import RelayProposer, SharingProposer, SwarmExchange
 from cz_jax.swarm.link import Link
 from cz_jax.tasks import held_out_keys, load_tasks
 from cz_jax.tasks.stream import MixedStream
+
+CACHED_FROM = 0.2  # seconds that a program took to compile; JAX's own second would leave most of a tiny model's out
+CACHED_FROM_VARIABLE = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 
 @dataclass(frozen=True)
@@ -72,16 +76,15 @@ class Built:
         return Position(number, LevelState.from_dict(host["level"]))
 
 
-CACHED_FROM = 0.2  # seconds that a program took to compile; JAX's own second would leave most of a tiny model's out
-
-
 def set_compile_cache(setting: str) -> None:
-    """Compiled programs are kept from run to run in the folder that run.compile_cache names."""
+    """Compiled programs are kept from run to run in the folder that run.compile_cache names; from CACHED_FROM on, where
+    the environment does not name another limit."""
     folder = compile_cache_folder(setting)
     if folder is not None:
         local_folder(folder).mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHED_FROM)
+        if CACHED_FROM_VARIABLE not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHED_FROM)
 
 
 def mesh_of(config: Config):

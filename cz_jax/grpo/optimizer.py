@@ -5,6 +5,7 @@ bfloat16 keeps 8 significant bits, so that a plain cast drops every change below
 therefore rounded stochastically: up or down at random, right on average (Gupta et al. 2015, arXiv 1502.02551).
 """
 
+import functools
 import math
 
 import jax
@@ -15,13 +16,15 @@ import optax
 from cz_jax.config import OptimizerConfig
 
 
+@functools.cache
 def make_optimizer(config: OptimizerConfig, total_steps: int, seed: int = 0) -> optax.GradientTransformation:
     """Clipping to `max_grad_norm` over all gradients, then AdamW (arXiv 1711.05101) at the scheduled learning rate.
 
     State: `optax.ScaleByAdamState(count int32 [], mu, nu)`, the moments shaped and sharded as the parameters and in
     `config.moments_dtype`, whatever the parameters' dtype; float32 updates for `apply_updates`. Weight decay leaves
     biases and norms alone (`is_decayed`). `seed` (64 bits) is for the rounding of bfloat16 moments, which is a function
-    of it and of the step count alone, so that a resumed run rounds alike. A gradient that is not finite is not caught
+    of it and of the step count alone, so that a resumed run rounds alike. The same arguments give the same object,
+    which lets a compiled step serve every learner that has them. A gradient that is not finite is not caught
     here. ValueError for `total_steps` below 1, and from `update` without parameters.
     """
     schedule = _schedule(config, total_steps)

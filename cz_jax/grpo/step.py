@@ -23,7 +23,7 @@ from cz_jax.models.spec import Arch
 
 
 class TrainState(NamedTuple):
-    """What training changes: the trainable parameters, the optimizer's state, the seed words of its roundings."""
+    """What training changes: the trainable parameters, the optimizer's state, the number of steps."""
 
     params: dict
     optimizer: optax.OptState
@@ -41,7 +41,7 @@ class StepOptions:
     remat: bool = True
     chunk: int = 1024
     temperature: float = 1.0
-    seed: int = 0
+    seed: int = 0  # of the rounding of bfloat16 parameters
 
 
 def init_state(params: dict, optimizer: optax.GradientTransformation, shardings: dict | None = None) -> TrainState:

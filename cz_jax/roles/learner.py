@@ -44,7 +44,9 @@ class GrpoLearner:
         self._reference = reference
         g = config.grpo
         self._total_steps = config.run.rounds * g.updates
-        seed = seed_for(config.run.seed, "round weights")
+        # Without bfloat16 nothing is rounded at random, and nodes of every seed share one compiled step.
+        rounds = "bfloat16" in (config.solver.param_dtype, config.optimizer.moments_dtype)
+        seed = seed_for(config.run.seed, "round weights") if rounds else 0
         optimizer = make_optimizer(config.optimizer, self._total_steps, seed)
         self._options = StepOptions(
             arch=arch,

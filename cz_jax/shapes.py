@@ -37,3 +37,8 @@ def rows(count: int, multiple: int = 1) -> int:
     """The smallest power of two that holds `count` rows, raised to a multiple of `multiple` (ways a batch is split)."""
     size = 1 << max(0, count - 1).bit_length()
     return -(-size // multiple) * multiple
+
+
+def slots(most: int, multiple: int) -> int:
+    """`most`, lowered to a multiple of `multiple` that is not 0."""
+    return max(1, most // multiple) * multiple

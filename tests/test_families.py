@@ -184,12 +184,12 @@ def test_noise_is_where_it_is_asked_for():
 
 
 def test_a_judge_sheet_is_the_judges_prompt(tokenizer):
-    for kind in ("judge", "contrast", "prefix"):
+    for kind in ("judge", "contrast", "prefix", "points"):
         sheet = text.judge_sheet(tokenizer, random.Random(5), 3, kind)
         assert sheet.kind == kind
         written = [tokenizer.decode(sheet.prompt + row.tokens) for row in sheet.rows]
-        assert all(len(r.tokens) == len(r.weights) == len(r.marks) for r in sheet.rows)
-        if kind == "prefix":
+        assert all(len(r.tokens) == len(r.weights) == len(r.marks) == len(r.mark_weights) for r in sheet.rows)
+        if kind in ("prefix", "points"):
             assert all("def " in w and "</code" not in w for w in written)
             continue
         for w in written:
@@ -235,6 +235,18 @@ def test_marks_tell_where_an_answer_leaves_every_right_one():
     assert text._marks([1, 5, 3, 4], ways) == [1, 1, 0, 0]
     assert text._marks([1, 2, 3, 4, 7], ways) == [1, 1, 1, 1, 0]
     assert text._marks([2], ways) == [0]
+
+
+def test_points_weigh_the_tokens_where_right_and_wrong_part():
+    def row(*tokens):
+        return text.Continuation(
+            list(tokens), [], text._marks(list(tokens), [[1, 2, 3, 4], [1, 5, 6]]), [1.0] * len(tokens)
+        )
+
+    rows = [row(1, 2, 3, 4), row(1, 5, 6), row(1, 2, 7, 4), row(1, 2, 3, 4, 8)]
+    text._stress(rows)
+    heavy = [[w == text.DECISIVE for w in r.mark_weights] for r in rows]
+    assert heavy == [[False, False, True, False], [False] * 3, [False, False, True, False], [False] * 4 + [True]]
 
 
 def test_layers_on_top_change_nothing_at_first(tokenizer):

@@ -38,7 +38,8 @@ def test_prefill_and_decode_equal_the_full_forward(family):
     rows = np.arange(3)
     np.testing.assert_allclose(qwen.logits_of(hidden, head), full[rows, lengths - 1], atol=1e-4)
     for at in range(8):
-        step, suffix = qwen.decode(arch, layered, tokens[rows, lengths + at][:, None], at, cache, suffix)
+        token, positions = tokens[rows, lengths + at][:, None], (lengths + at)[:, None]
+        step, suffix = qwen.decode(arch, layered, token, positions, at, np.arange(8) <= at, cache, suffix)
         np.testing.assert_allclose(qwen.logits_of(step[:, 0], head), full[rows, lengths + at], atol=1e-4)
 
 

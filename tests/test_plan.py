@@ -83,6 +83,18 @@ def test_counted_bytes_are_those_of_the_compiled_programs(small):
         assert abs(said / seen - 1) < 0.15, (name, said, seen)
 
 
+def test_counted_bytes_of_queued_rows(small):
+    value = small.model_dump(mode="json", exclude_none=True)
+    value["round"] |= {"dataset_tasks": 16, "group_size": 8}
+    counted = count(from_dict(value), HOST)
+    call = counted.work.rollout
+    assert (call.prompts, call.group, call.slots) == (16, 8, 8)
+    mesh = parallel.make_mesh(1, 1, 1, programs.devices_of(HOST))
+    with jax.set_mesh(mesh):
+        program = programs.compiled(Quick(programs.lowered(small, counted.work, mesh)["rollout"]()))
+    assert abs(counted.phases["rollout"] / program.working - 1) < 0.15
+
+
 def test_predicted_bytes_are_what_a_process_grows_by():
     words = [sys.executable, str(CONFIGS.parent / "scripts/check_plan.py"), "--shape", "qwen2-50m", "--layers", "1"]
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
@@ -148,7 +160,7 @@ def test_the_calls_are_those_of_the_engine(small, monkeypatch):
 def test_a_longer_evaluation_is_the_larger_call(small):
     evaluated = from_dict(small.model_dump(mode="json", exclude_none=True) | {"eval": {"k": 8, "max_tasks": 8}})
     assert (work_of(small, 1).rollout.prompts, work_of(small, 1).rollout.group) == (2, 4)
-    assert work_of(evaluated, 1).rollout.rows == 8  # no more than sampling.max_sequences
+    assert (work_of(evaluated, 1).rollout.prompts, work_of(evaluated, 1).rollout.slots) == (8, 8)
     wide = from_dict(evaluated.model_dump(mode="json", exclude_none=True) | {"sampling": {"max_sequences": 64}})
     assert (work_of(wide, 1).rollout.prompts, work_of(wide, 1).rollout.group) == (8, 8)
 

@@ -1,5 +1,7 @@
 """Sampling: greedy tokens are transformers', draws follow the distribution, and nothing depends on the batch."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,65 @@ def test_same_request_same_tokens_whatever_else_is_in_the_call():
     swapped = e.sample([prompts[0]], [[11, 10]], 24, method)[0]
     assert [s.tokens for s in swapped] == [s.tokens for s in together[0][::-1]]
     assert together[0][0].tokens != together[0][1].tokens
+
+
+def ragged(golden, count, group):
+    """(prompts of different lengths, seeds of their rows)"""
+    prompts = [golden["tokens"][i % 3][: 3 + 5 * i % 13].tolist() for i in range(count)]
+    return prompts, [[100 * i + g for g in range(group)] for i in range(count)]
+
+
+def tokens_of(groups):
+    return [[(s.tokens, s.ended) for s in group] for group in groups]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("slots", [1, 4, 7, 16])
+def test_queued_rows_sample_what_they_sample_side_by_side(family, slots):
+    stops = tuple(range(0, 320, 11))  # answers end after about eleven tokens, or are cut at 24
+    side_by_side, golden = engine(family, eos=stops, max_sequences=64)
+    queued, _ = engine(family, eos=stops, max_sequences=slots)
+    prompts, seeds = ragged(golden, 9, 3)
+    wanted = side_by_side.sample(prompts, seeds, 24, SamplingMethod(0.9))
+    got = queued.sample(prompts, seeds, 24, SamplingMethod(0.9))
+    assert tokens_of(got) == tokens_of(wanted)
+    lengths = {len(s.tokens) for group in wanted for s in group}
+    assert len(lengths) > 6 and 24 in lengths  # ragged, with some that are cut
+    for a, b in zip(sum(got, []), sum(wanted, []), strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_a_queue_decodes_no_more_steps_than_its_rows_need():
+    """The loop ends with the last row: 8 slots for 24 rows of which one is long take about as long as that one."""
+    free, golden = engine(eos=(10**6,), max_sequences=64)
+    prompts, seeds = ragged(golden, 4, 6)
+    samples = sum(free.sample(prompts, seeds, 40, SamplingMethod(1.0)), [])
+    stop = samples[0].tokens[30]
+    ends = [s.tokens.index(stop) + 1 if stop in s.tokens else 40 for s in samples]
+    e, _ = engine(eos=(stop,), max_sequences=8)
+    with mock.patch.object(qwen, "decode", wraps=counted(qwen.decode, steps := [])):
+        jax.clear_caches()
+        got = e.sample(prompts, seeds, 40, SamplingMethod(1.0))
+    jax.effects_barrier()
+    assert [len(s.tokens) for s in sum(got, [])] == ends
+    assert len(steps) <= list_schedule(ends, 8)
+
+
+def counted(function, calls):
+    def decode(*args):
+        jax.debug.callback(lambda: calls.append(1))
+        return function(*args)
+
+    return decode
+
+
+def list_schedule(lengths, slots):
+    """Steps until the last row ends, where each free slot takes the next row at once."""
+    free = [0] * slots
+    for n in lengths:
+        free.sort()
+        free[0] += n
+    return max(free)
 
 
 def test_stops_at_any_stop_id_and_counts_it():
@@ -127,6 +188,16 @@ def test_the_same_tokens_on_eight_devices(shape):
     assert [[s.tokens for s in g] for g in many.sample(prompts, seeds, 20, SamplingMethod())] == [
         [s.tokens for s in g] for g in one
     ]
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 1, 8), (2, 2, 2)], ids=str)
+def test_the_same_tokens_from_a_queue_on_eight_devices(shape):
+    stops = tuple(range(0, 320, 11))
+    one, golden = engine(eos=stops)
+    many, _ = engine(eos=stops, mesh=parallel.make_mesh(*shape), max_sequences=8)
+    prompts, seeds = ragged(golden, 13, 3)
+    wanted = one.sample(prompts, seeds, 16, SamplingMethod())
+    assert tokens_of(many.sample(prompts, seeds, 16, SamplingMethod())) == tokens_of(wanted)
 
 
 def test_choice_probabilities_equal_the_softmax_of_the_full_forward():

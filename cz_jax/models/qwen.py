@@ -236,24 +236,22 @@ def empty_suffix(arch: Arch, rows: tuple[int, int], length: int, dtype) -> tuple
     return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(arch.layers))
 
 
-def decode(arch: Arch, layered_params: dict, tokens_PG, at, prompt: PromptCache, suffix: tuple):
-    """One step: tokens (int [P, G]) stand at place `at` (int scalar) of their suffix. Returns (hidden [P, G, D] that
-    predicts the next token, the suffix caches with this token's keys and values)."""
+def decode(arch: Arch, layered_params: dict, tokens_PG, positions_PG, column, seen, prompt: PromptCache, suffix: tuple):
+    """One step: tokens (int [P, G]) at their positions behind the prompts, whose keys and values go into `column` (int
+    scalar) of the suffix caches. `seen` (bool, broadcastable to [P, G, 1, Ts]): the columns that they see, their own
+    among them. Returns (hidden [P, G, D] that predicts the next token, the suffix caches)."""
     model = Qwen(arch, layered_params)
-    length = suffix[0][0].shape[2]
     visible = jnp.arange(prompt.keys[0].shape[1]) < prompt.lengths[:, None]
-    seen = jnp.arange(length) <= at
-    positions = jnp.broadcast_to(prompt.lengths[:, None] + at, tokens_PG.shape)
 
     def attend_fn(q, k, v, cache):
         (prompt_k, prompt_v), (own_k, own_v) = cache
-        own_k = jax.lax.dynamic_update_slice_in_dim(own_k, k[:, :, None], at, axis=2)
-        own_v = jax.lax.dynamic_update_slice_in_dim(own_v, v[:, :, None], at, axis=2)
+        own_k = jax.lax.dynamic_update_slice_in_dim(own_k, k[:, :, None], column, axis=2)
+        own_v = jax.lax.dynamic_update_slice_in_dim(own_v, v[:, :, None], column, axis=2)
         out = attend_shared(q[:, :, None], (prompt_k, prompt_v, visible), (own_k, own_v, seen))
         return out[:, :, 0], (own_k, own_v)
 
     caches = tuple(zip(zip(prompt.keys, prompt.values, strict=True), suffix, strict=True))
-    return model.run(model.embed_tokens(tokens_PG, prompt.keys[0].dtype), positions, attend_fn, caches)
+    return model.run(model.embed_tokens(tokens_PG, prompt.keys[0].dtype), positions_PG, attend_fn, caches)
 
 
 def random_params(arch: Arch, seed: int, dtype=jnp.float32, sharding_of=None) -> dict:

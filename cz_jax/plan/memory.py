@@ -21,6 +21,7 @@ from cz_jax.models.lora import lora_weights
 from cz_jax.models.spec import Arch, Weight, weights
 from cz_jax.plan.targets import Target
 from cz_jax.plan.work import Call, Seat, Work
+from cz_jax.sampling.queue import prompts_side_by_side
 
 SIZE = {"float32": 4, "bfloat16": 2}
 GATHERED_LAYERS = 2  # of a sharded model that exist whole at one time: the one in use and the next
@@ -93,7 +94,11 @@ def resident(config: Config, work: Work, mesh: Shape) -> dict[str, int]:
 
 
 def caches(call: Call, seat: Seat, mesh: Shape) -> int:
-    """Keys and values of one sampling call: the prompts once, and every row its own tokens."""
+    """Keys and values of one sampling call: the prompts once, and every row its own tokens; where rows are queued,
+    each slot a copy of its prompt's too."""
+    if call.slots is not None:
+        prompts, slots = Call(call.prompts, 1, call.prompt_tokens, 0), _slots(call)
+        return caches(prompts, seat, mesh) + caches(slots, seat, mesh)
     a = seat.arch
     heads = _split(a.kv_heads, mesh)
     positions = _local(call, mesh) * (call.prompt_tokens + call.group * call.tokens)
@@ -131,14 +136,18 @@ def _sizes(call: Call, seat: Seat, mesh: Shape) -> _Sizes:
 
 
 def rollout_bytes(call: Call, seat: Seat, mesh: Shape) -> int:
-    """Working memory of `sampling.generate.generate`, its caches included."""
-    prompt = _sizes(Call(call.prompts, 1, call.prompt_tokens, 0), seat, mesh)
+    """Working memory of `sampling.generate.generate`, or of `sampling.queue.generate_queued`, their caches
+    included."""
+    kept, all_prompts = caches(call, seat, mesh), Call(call.prompts, 1, call.prompt_tokens, 0)
+    cache_of_prompts, at_once = caches(all_prompts, seat, mesh), all_prompts
+    if call.slots is not None:
+        count = prompts_side_by_side(call.prompts // mesh.ways, call.slots // mesh.ways, call.group) * mesh.ways
+        call, at_once = _slots(call), Call(count, 1, call.prompt_tokens, 0)
+    prompt = _sizes(at_once, seat, mesh)
     gathered = 0
     if mesh.shape["fsdp"] > 1:  # compilers gather the weights once for all steps where they can
         gathered = prompt.layer * seat.arch.layers
     rows = _local(call, mesh) * call.group
-    kept = caches(call, seat, mesh)
-    cache_of_prompts = caches(Call(call.prompts, 1, call.prompt_tokens, 0), seat, mesh)
     prefill = cache_of_prompts + max(3 * prompt.ffn, 2 * prompt.scores) + 4 * prompt.hidden
     step = kept + cache_of_prompts + 4 * rows * prompt.logits
     return prompt.head + prompt.layers + gathered + max(prefill, step)
@@ -207,6 +216,11 @@ def by_kind(kinds: dict[str, int], phases: dict[str, int], kv_cache: int) -> dic
     most = max(kv_cache, *phases.values())
     table = kinds | {"kv_cache": kv_cache, "temporaries": most - kv_cache}
     return table | {"total": sum(table.values())}
+
+
+def _slots(call: Call) -> Call:
+    """The rows of a queued call that are decoded side by side, each behind a prompt of its own."""
+    return Call(call.slots, 1, call.prompt_tokens, call.tokens)
 
 
 def _local(call: Call, mesh: Shape) -> int:

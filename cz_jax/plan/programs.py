@@ -24,6 +24,7 @@ from cz_jax.plan.targets import GIB, Target
 from cz_jax.plan.work import Call, Seat, Work
 from cz_jax.ports import SamplingMethod
 from cz_jax.sampling.generate import choice_probabilities, generate
+from cz_jax.sampling.queue import generate_queued
 
 GREEDY = SamplingMethod(temperature=0.0)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}
@@ -121,11 +122,14 @@ def _solver(config: Config, seat: Seat, mesh) -> dict:
 def _sampling(call: Call, seat: Seat, mesh, method: SamplingMethod, config: Config | None = None):
     p, g = call.prompts, call.group
     params = _solver(config, seat, mesh) if config is not None else _weights(seat, mesh)
-    return generate.lower(
+    program, more = generate, {}
+    if call.slots is not None:
+        program, more = generate_queued, {"slots": call.slots, "ways": parallel.batch_devices(mesh)}
+    return program.lower(
         seat.arch, params, _split(mesh, (p, call.prompt_tokens), "int32"), _split(mesh, (p,), "int32"),
-        _split(mesh, (p, g, 2), "uint32"), _split(mesh, (p, g), "bool"),
+        _split(mesh, (p, g, 2), "uint32"), _split(mesh, (p, g), "int32"),
         _struct((1,), "int32", parallel.sharding(mesh)),
-        max_new_tokens=call.tokens, method=method, dtype=jnp.dtype(seat.compute),
+        max_new_tokens=call.tokens, method=method, dtype=jnp.dtype(seat.compute), **more,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ class Cost:
 
 
 def sampling_cost(seat: Seat, prompts: int, group: int, tp: int, c: int, at_once: int, mesh: Shape) -> Cost:
-    """`prompts` x `group` answers of `c` tokens behind prompts of `tp`, `at_once` prompts a call."""
+    """`prompts` x `group` answers of `c` tokens behind prompts of `tp`, those of `at_once` prompts side by side."""
     a, rows = seat.arch, prompts * group
     prefill = prompts * (forward_flops(a, tp, 0) + head_flops(a))
     decode = rows * (forward_flops(a, max(0, c - 1), tp) + max(0, c - 1) * head_flops(a))
@@ -43,7 +43,8 @@ def sampling_cost(seat: Seat, prompts: int, group: int, tp: int, c: int, at_once
     steps = calls * max(1, c - 1)
     size = SIZE[seat.compute]
     weights = a.parameters * size / mesh.shape["tensor"]
-    positions = min(prompts, at_once) * (tp + group * c / 2) / mesh.ways
+    queued = prompts > at_once  # and each row then reads a copy of its prompt
+    positions = (at_once * group * (tp + c / 2) if queued else prompts * (tp + group * c / 2)) / mesh.ways
     cache = 2 * a.layers * positions * a.kv_heads * a.head_dim * size / mesh.shape["tensor"]
     return Cost(prefill + decode, prefill, steps, weights + cache, decode / steps, seat.compute)
 

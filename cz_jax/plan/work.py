@@ -9,9 +9,10 @@ from cz_jax import shapes
 from cz_jax.config import Config
 from cz_jax.convert.folder import is_hub_id, locate
 from cz_jax.errors import ConfigError, ModelFolderError
+from cz_jax.evaluate import TASKS_AT_ONCE
 from cz_jax.grpo.batch import Row, pack
 from cz_jax.models.spec import RANDOM_SHAPES, Arch, arch_from_folder
-from cz_jax.sampling.engine import Engine
+from cz_jax.sampling.engine import Engine, prompts_at_once
 
 RANDOM = "random:"
 HUB_SHAPES = {
@@ -41,12 +42,14 @@ class Seat:
 
 @dataclass(frozen=True)
 class Call:
-    """One compiled call: P prompts of Tp tokens, G rows behind each, T tokens a row."""
+    """One compiled call: P prompts of Tp tokens, G rows behind each, T tokens a row. `slots`: rows decoded side by side
+    where they are queued; None: all of them."""
 
     prompts: int
     group: int
     prompt_tokens: int
     tokens: int
+    slots: int | None = None
 
     @property
     def rows(self) -> int:
@@ -114,22 +117,23 @@ def work_of(config: Config, ways: int) -> Work:
     own = r.dataset_tasks + (r.proposed_tasks if proposer is not None or config.swarm.relay else 0)
     groups, seats = own + r.external_groups, config.sampling.max_sequences
     judged_groups = own + r.external_groups * (config.swarm.oversample if config.swarm.relay else 1)
-    calls = [_sampling(own, r.group_size, config, ways)] if own else []
-    if config.eval.before_and_after:
-        calls.append(_sampling(config.eval.max_tasks or 1 << 20, config.eval.k, config, ways))
     tokens = config.sampling.max_new_tokens
+    prompt = shapes.rung(config.sampling.max_prompt_tokens)
+    calls = [_sampling(own, r.group_size, prompt, tokens, seats, ways)] if own else []
+    if config.eval.before_and_after:
+        at_once = min(config.eval.max_tasks or TASKS_AT_ONCE, TASKS_AT_ONCE)
+        calls.append(_sampling(at_once, config.eval.k, prompt, tokens, seats, ways))
     row = Row([0] * config.sampling.max_prompt_tokens, [[0] * tokens] * r.group_size, [0.0] * r.group_size)
     batch = pack([row] * groups, config.grpo.micro_batch_tokens, ways)
     m, pp, g, t = batch.completions.shape
     proposing = None
     if proposed:
-        proposing = Call(shapes.rows(min(proposed, seats), ways), 1, PROPOSER_PROMPT_TOKENS, p.max_new_tokens)
+        proposing = _sampling(proposed, 1, PROPOSER_PROMPT_TOKENS, p.max_new_tokens, seats, ways)
     judged = config.sampling.max_prompt_tokens + JUDGE_PROMPT_TOKENS
     reasoning = judging = None
     extra = {"direct": 0, "reason": e.reason_tokens, "generate": e.generate_tokens}[e.mode]
     if extra:
-        count = shapes.rows(min(judged_groups * r.group_size, seats), ways)
-        reasoning = Call(count, 1, _rung(judged + tokens), extra)
+        reasoning = _sampling(judged_groups * r.group_size, 1, _rung(judged + tokens), extra, seats, ways)
     if e.mode != "generate":
         judging = _judging(judged_groups, r.group_size, judged, tokens + extra, ways)
     return Work(
@@ -139,11 +143,11 @@ def work_of(config: Config, ways: int) -> Work:
     )  # fmt: skip
 
 
-def _sampling(prompts: int, group: int, config: Config, ways: int) -> Call:
-    """What `Engine` makes of `prompts` groups: calls of at most sampling.max_sequences rows."""
-    at_once = min(prompts, max(1, config.sampling.max_sequences // group))
-    length = shapes.rung(config.sampling.max_prompt_tokens)
-    return Call(shapes.rows(at_once, ways), group, length, config.sampling.max_new_tokens)
+def _sampling(prompts: int, group: int, length: int, tokens: int, seats: int, ways: int) -> Call:
+    """What `Engine` makes of `prompts` groups of answers, `seats` of them side by side."""
+    at_once = prompts_at_once(prompts, group, length, seats, Engine.max_tokens)
+    slots = shapes.slots(seats, ways) if at_once * group > seats else None
+    return Call(shapes.rows(at_once, ways), group, length, tokens, slots)
 
 
 def _judging(groups: int, group: int, prefix: int, suffix: int, ways: int) -> Call:

@@ -1,6 +1,7 @@
 """A model in use: parameters on a mesh and a tokenizer behind `ports.LanguageModel`.
 
 Prompts are padded to a ladder of lengths and calls to a few row counts, so that a run compiles a handful of programs.
+What is more than a model decodes side by side is queued inside of the program.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +16,14 @@ from cz_jax import parallel, rng, shapes
 from cz_jax.models.spec import Arch
 from cz_jax.ports import Sample, SamplingMethod
 from cz_jax.sampling.generate import choice_probabilities, generate
+from cz_jax.sampling.queue import generate_queued
 
 
 @dataclass
 class Engine:
     """`params` is called for every use, so that a solver's engine sees its newest weights. `tokenizer`: encode_chat,
     encode, decode, eos_ids, pad_id (see convert.tokenizer). `max_sequences`: rows decoded side by side; `max_tokens`:
-    tokens of one judging batch."""
+    tokens of one judging batch, and of the prompts that one queue holds."""
 
     name: str
     arch: Arch
@@ -60,27 +62,33 @@ class Engine:
         return out
 
     def _calls(self, lengths: Sequence[int], groups: Sequence[int]):
-        """Indices of calls of at most `max_sequences` rows. Prompts of like length go together; a step of decoding
-        reads all weights however few rows it has, so a call is filled before it is kept short."""
+        """Indices of each call's prompts, those of like length together."""
         order = sorted(range(len(lengths)), key=lambda i: (groups[i], lengths[i]))
         for group, same in groupby(order, key=lambda i: groups[i]):
             same = list(same)
-            step = max(1, self.max_sequences // max(1, group))
+            step = prompts_at_once(
+                len(same), group, shapes.rung(lengths[same[-1]]), self.max_sequences, self.max_tokens
+            )
             for start in range(0, len(same), step):
                 yield same[start : start + step]
 
     def _generate(self, prompts, seeds, max_new_tokens, method):
         length, group = shapes.rung(max(map(len, prompts))), len(seeds[0])
-        count = shapes.rows(len(prompts), parallel.batch_devices(self.mesh))
+        ways = parallel.batch_devices(self.mesh)
+        count = shapes.rows(len(prompts), ways)
         tokens, lengths = pad(prompts, count, length, self.tokenizer.pad_id)
         all_seeds = np.zeros((count, group), np.uint64)
         all_seeds[: len(prompts)] = seeds
-        active = np.broadcast_to(np.arange(count)[:, None] < len(prompts), (count, group))
+        limits = np.zeros((count, group), np.int32)
+        limits[: len(prompts)] = max_new_tokens
+        program, more = generate, {}
+        if len(prompts) * group > self.max_sequences:
+            program, more = generate_queued, {"slots": shapes.slots(self.max_sequences, ways), "ways": ways}
         with jax.set_mesh(self.mesh):
-            done = generate(
-                self.arch, self.params(), *self._place(tokens, lengths, rng.key_data(all_seeds), active),
+            done = program(
+                self.arch, self.params(), *self._place(tokens, lengths, rng.key_data(all_seeds), limits),
                 np.asarray(self.tokenizer.eos_ids, np.int32),
-                max_new_tokens=max_new_tokens, method=method, dtype=self.dtype,
+                max_new_tokens=max_new_tokens, method=method, dtype=self.dtype, **more,
             )  # fmt: skip
             got = parallel.to_host(done)
         return [[self._as_sample(got, p, g) for g in range(group)] for p in range(len(prompts))]
@@ -133,6 +141,14 @@ class Engine:
     def _place(self, *arrays):
         """Host arrays as device arrays split over the batch axes of the mesh."""
         return [parallel.place_batch(self.mesh, a) for a in arrays]
+
+
+def prompts_at_once(prompts: int, group: int, length: int, max_sequences: int, max_tokens: int) -> int:
+    """How many of `prompts`, padded to `length`, one sampling call takes with `group` rows each: all, where they are
+    no more than `max_sequences` rows; else a queue of as many as `max_tokens` hold, whose caches are all kept."""
+    if prompts * group <= max_sequences:
+        return prompts
+    return min(prompts, max(1, max_sequences // group, max_tokens // length))
 
 
 def pad(rows, count: int, length: int, pad_id: int):

@@ -27,13 +27,13 @@ class Completions(NamedTuple):
 
 @partial(jax.jit, static_argnames=("arch", "max_new_tokens", "method", "dtype"))
 def generate(
-    arch: Arch, params, prompts_PT, lengths_P, keys_PG2, active_PG, stop_ids_S,
+    arch: Arch, params, prompts_PT, lengths_P, keys_PG2, limits_PG, stop_ids_S,
     *, max_new_tokens: int, method: SamplingMethod, dtype=jnp.float32,
 ) -> Completions:  # fmt: skip
-    """G completions of each right-padded prompt (int32 [P, Tp]) from one prefill; stops when every active row has
-    sampled one of `stop_ids_S` or C tokens. `keys_PG2` (uint32): the key of each row; position c of a row draws from it
-    and c alone."""
-    p, g = active_PG.shape
+    """G completions of each right-padded prompt (int32 [P, Tp]) from one prefill; a row ends with one of `stop_ids_S`,
+    or with as many tokens as `limits_PG` (int32, at most C; 0: no row) says. `keys_PG2` (uint32): the key of each row;
+    position c of a row draws from it and c alone."""
+    p, g = limits_PG.shape
     params = jax.tree.map(lambda w: w.astype(dtype), params)  # once, and not again at every step
     head = qwen.head_matrix(arch, params)
     keys = keys_PG2.reshape(p * g, 2)
@@ -46,12 +46,13 @@ def generate(
     def record(state, token, logprob, at):
         live = ~state["done"]
         ended = live & (token[..., None] == stop_ids_S).any(-1)
+        lengths = state["lengths"] + live
         return state | {
             "tokens": jax.lax.dynamic_update_index_in_dim(state["tokens"], jnp.where(live, token, 0), at, 2),
             "logprobs": jax.lax.dynamic_update_index_in_dim(state["logprobs"], jnp.where(live, logprob, 0.0), at, 2),
-            "lengths": state["lengths"] + live,
+            "lengths": lengths,
             "ended": state["ended"] | ended,
-            "done": state["done"] | ended,
+            "done": state["done"] | ended | (lengths == limits_PG),
             "last": token,
             "at": at,
         }
@@ -63,7 +64,7 @@ def generate(
         "logprobs": jnp.zeros((p, g, max_new_tokens), jnp.float32),
         "lengths": jnp.zeros((p, g), jnp.int32),
         "ended": jnp.zeros((p, g), bool),
-        "done": ~active_PG,
+        "done": limits_PG == 0,
     }
     hidden = jnp.broadcast_to(last[:, None], (p, g, last.shape[-1]))
     state = record(state, *next_token(hidden, 0), 0)
@@ -71,8 +72,11 @@ def generate(
     state["suffix"] = qwen.empty_suffix(arch, (p, g), max_new_tokens, prompt.keys[0].dtype)
 
     def body(state):
-        hidden, suffix = qwen.decode(arch, layered, state["last"], state["at"], prompt, state["suffix"])
-        at = state["at"] + 1
+        at = state["at"]
+        positions = jnp.broadcast_to(lengths_P[:, None] + at, (p, g))
+        seen = jnp.arange(max_new_tokens) <= at
+        hidden, suffix = qwen.decode(arch, layered, state["last"], positions, at, seen, prompt, state["suffix"])
+        at += 1
         return record(state | {"suffix": suffix}, *next_token(hidden, at), at)
 
     state = jax.lax.while_loop(lambda s: (s["at"] + 1 < max_new_tokens) & ~s["done"].all(), body, state)

@@ -17,7 +17,7 @@ from cz_jax.grpo.optimizer import is_decayed
 from cz_jax.models import qwen
 from cz_jax.models.spec import Arch, tree_of, weights
 from tiny.sheets import batches_of, make_sheets
-from tiny.text import NONE, RIGHT
+from tiny.text import RIGHT
 from tiny.tokenizer import CONTEXT
 
 VOCABULARY = 1536
@@ -73,8 +73,8 @@ def arch_of(params: dict) -> Arch:
 
 
 def losses(params, batch, choices, only_last: bool):
-    """(mean loss of the weighted tokens, of the prompts' tokens, of the marks, share of marks told right). A mark is
-    read from the difference of the logits of true and false behind its token."""
+    """(mean loss of the weighted tokens, of the prompts' tokens, of the weighted marks, weighted share of marks told
+    right). A mark is read from the difference of the logits of true and false behind its token."""
     arch = arch_of(params)
     prompt, suffix = qwen.shared_forward(arch, params, batch["prompts"], batch["lengths"], batch["rows"])
     hidden = qwen.predicting_hidden(prompt, batch["lengths"], suffix)
@@ -91,11 +91,11 @@ def losses(params, batch, choices, only_last: bool):
     own = (loss[:, tp - 1 :] * weight.reshape(p, -1)).sum() / jnp.maximum(weight.sum(), 1.0)
     inside = jnp.arange(1, tp) < batch["lengths"][:, None]
     read = jnp.where(inside, loss[:, : tp - 1], 0.0).sum() / inside.sum()
-    asked, right = batch["marks"] != NONE, batch["marks"] == RIGHT
+    right = batch["marks"] == RIGHT
     logit = suffix @ (head[:, choices[0]] - head[:, choices[1]])
-    marks = jnp.where(asked, optax.sigmoid_binary_cross_entropy(logit, right), 0.0)
-    count = jnp.maximum(asked.sum(), 1)
-    return own, read, marks.sum() / count, jnp.where(asked, (logit > 0) == right, False).sum() / count
+    share = batch["mark_weights"] / jnp.maximum(batch["mark_weights"].sum(), 1.0)
+    marks = optax.sigmoid_binary_cross_entropy(logit, right)
+    return own, read, (share * marks).sum(), (share * ((logit > 0) == right)).sum()
 
 
 def is_decayed_tree(params) -> dict:

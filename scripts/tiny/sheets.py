@@ -14,6 +14,7 @@ SHAPES = {
     "propose": (4, ((128, 96), (192, 144))),
     "solve": (16, ((112, 40), (176, 80))),
     "prefix": (8, ((160, 48), (208, 72))),
+    "points": (8, ((144, 32), (176, 40), (208, 64))),
     "judge": (8, ((160, 84), (208, 112))),
     "contrast": (8, ((160, 84), (208, 112))),
 }
@@ -54,8 +55,8 @@ def batches_of(sheets: list[Sheet], rng: random.Random, pad: int) -> list[dict]:
 
 
 def batch_of(sheets: list[Sheet], shape: tuple[int, int], pad: int) -> dict:
-    """Arrays: prompts [P, Tp], lengths [P], rows, weights and marks [P, G, Ts]; `only_last` where of each row just the
-    last token has a loss of its own."""
+    """Arrays: prompts [P, Tp], lengths [P], rows, weights, marks and mark_weights [P, G, Ts], ends [P, G];
+    `only_last` where of each row just the last token has a loss of its own."""
     p, g = len(sheets), max(len(s.rows) for s in sheets)
     batch = {
         "prompts": np.full((p, shape[0]), pad, np.int32),
@@ -63,6 +64,7 @@ def batch_of(sheets: list[Sheet], shape: tuple[int, int], pad: int) -> dict:
         "rows": np.full((p, g, shape[1]), pad, np.int32),
         "weights": np.zeros((p, g, shape[1]), np.float32),
         "marks": np.full((p, g, shape[1]), NONE, np.int8),
+        "mark_weights": np.zeros((p, g, shape[1]), np.float32),
         "ends": np.ones((p, g), np.int32),
     }
     for i, sheet in enumerate(sheets):
@@ -70,5 +72,6 @@ def batch_of(sheets: list[Sheet], shape: tuple[int, int], pad: int) -> dict:
         for j, row in enumerate(sheet.rows):
             n = len(row.tokens)
             batch["rows"][i, j, :n], batch["weights"][i, j, :n] = row.tokens, row.weights
-            batch["marks"][i, j, :n], batch["ends"][i, j] = row.marks, n
+            batch["marks"][i, j, :n], batch["mark_weights"][i, j, :n] = row.marks, row.mark_weights
+            batch["ends"][i, j] = n
     return {"only_last": sheets[0].kind in ("judge", "contrast"), "kind": sheets[0].kind, **batch}

@@ -20,22 +20,25 @@ WRONG_SHARE = {1: 0.20, 2: 0.25, 3: 0.40, 4: 0.45, 5: 0.55}
 UNTIDY_SHARE = 0.15
 PROPOSALS, ANSWERS = 4, 2  # continuations of a proposer's and of a judge's sheet
 CONTRASTS = 3  # answers that miss by a token, beside the right one of a "contrast" sheet
+POINTS = (2, 4, 1)  # right answers, ones that miss by a token, and other wrong ones of a "points" sheet
+DECISIVE = 8.0  # weight of the mark of a token with which a wrong answer leaves the right ones
 NONE, WRONG, RIGHT = -1, 0, 1
 
 
 @dataclass
 class Continuation:
     """Token ids; the weight of each token's own loss; and where the judge reads on: whether all of the answer so far is
-    how a right one begins (RIGHT, WRONG, or NONE where that is not asked)."""
+    how a right one begins (RIGHT, WRONG, or NONE where that is not asked), and how much that weighs."""
 
     tokens: list[int]
     weights: list[float]
     marks: list[int] = field(default_factory=list)
+    mark_weights: list[float] = field(default_factory=list)
 
 
 @dataclass
 class Sheet:
-    kind: str  # "propose", "solve", "prefix", "judge" or "contrast"
+    kind: str  # "propose", "solve", "prefix", "points", "judge" or "contrast"
     prompt: list[int]
     rows: list[Continuation]
 
@@ -85,7 +88,7 @@ def solve_sheet(tokenizer: ChatTokenizer, rng: random.Random, level: int, noise:
 
 def _spoken(tokenizer: ChatTokenizer, text: str, goes_on: bool) -> Continuation:
     tokens = tokenizer.encode(text) + ([] if goes_on else [tokenizer.eos_ids[0]])
-    return Continuation(tokens, [1.0] * len(tokens), [NONE] * len(tokens))
+    return Continuation(tokens, [1.0] * len(tokens), [NONE] * len(tokens), [0.0] * len(tokens))
 
 
 def labelled_answers(item: Item, rng: random.Random, count: int, others: tuple[Item, ...]) -> list[tuple[str, bool]]:
@@ -98,14 +101,20 @@ def labelled_answers(item: Item, rng: random.Random, count: int, others: tuple[I
 def judge_sheet(tokenizer: ChatTokenizer, rng: random.Random, level: int, kind: str = "judge") -> Sheet:
     """Answers to one task under one nonce, with their verdicts. Right and wrong ones weigh the same, however many there
     are of each. Kind "prefix": the prompt ends where the code does, and right code is to be predicted instead of a
-    verdict; "contrast": a right answer and several that miss it by a token."""
+    verdict; "contrast": a right answer and several that miss it by a token; "points": as "prefix" with such answers,
+    and the tokens where right and wrong part are what counts."""
     item = draw(rng, "train", level)
     if kind == "contrast":
         labelled = [(rng.choice(item.right), True)]
         labelled += [(code, False) for code in wrong_bodies(item, rng, CONTRASTS, near=True)]
+    elif kind == "points":
+        labelled = [(code, True) for code in rng.sample(item.right, min(POINTS[0], len(item.right)))]
+        wrong = wrong_bodies(item, rng, POINTS[1], near=True)
+        wrong += wrong_bodies(item, rng, POINTS[2], (draw(rng, "train", level),))
+        labelled += [(code, False) for code in dict.fromkeys(wrong)]
     else:
         labelled = labelled_answers(item, rng, ANSWERS, (draw(rng, "train", level),))
-    cut = kind == "prefix"
+    cut = kind in ("prefix", "points")
     nonce = f"{rng.getrandbits(32):08x}"
     share = {label: 0.5 * len(labelled) / max(1, sum(b == label for _, b in labelled)) for label in (True, False)}
 
@@ -121,11 +130,14 @@ def judge_sheet(tokenizer: ChatTokenizer, rng: random.Random, level: int, kind: 
     for tokens, (_, label) in zip(asked, labelled, strict=True):
         code, rest = tokens[start : len(tokens) - tail], tokens[len(tokens) - tail : len(tokens) - closing]
         if cut:
-            rows.append(Continuation(code, [share[True] if label else 0.0] * len(code), _marks(code, ways)))
+            weights, marks = [share[True] if label else 0.0] * len(code), _marks(code, ways)
+            rows.append(Continuation(code, weights, marks, [1.0] * len(code)))
             continue
         marks = _marks(code, ways) + [NONE] * len(rest)
         weights = [0.0] * (len(code) + len(rest) - 1) + [share[label]]
-        rows.append(Continuation(code + rest, weights, marks))
+        rows.append(Continuation(code + rest, weights, marks, [1.0] * len(code) + [0.0] * len(rest)))
+    if kind == "points":
+        _stress(rows)
     return Sheet(kind, asked[0][:start], rows)
 
 
@@ -136,6 +148,17 @@ def _marks(code: list[int], ways: list[list[int]]) -> list[int]:
         ways = [way for way in ways if at < len(way) and way[at] == token]
         marks.append(RIGHT if ways else WRONG)
     return marks
+
+
+def _stress(rows: list[Continuation]) -> None:
+    """Gives weight to the marks of the tokens with which a wrong answer leaves the right ones, and of the tokens that a
+    right answer has in their places."""
+    for wrong in (row for row in rows if WRONG in row.marks):
+        at = wrong.marks.index(WRONG)
+        wrong.mark_weights[at] = DECISIVE
+        for right in (row for row in rows if WRONG not in row.marks):
+            if right.tokens[:at] == wrong.tokens[:at] and at < len(right.tokens):
+                right.mark_weights[at] = DECISIVE
 
 
 def common_suffix(a, b) -> int:

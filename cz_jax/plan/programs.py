@@ -15,14 +15,14 @@ from cz_jax import parallel
 from cz_jax.build.models import sharding_rule
 from cz_jax.config import Config
 from cz_jax.grpo.batch import Batch
-from cz_jax.grpo.loss import LossOptions, denominators
-from cz_jax.grpo.optimizer import make_optimizer
-from cz_jax.grpo.step import StepOptions, TrainState, train_step
+from cz_jax.grpo.loss import denominators
+from cz_jax.grpo.step import TrainState, train_step
 from cz_jax.models import lora
 from cz_jax.models.spec import tree_of, weights
 from cz_jax.plan.targets import GIB, Target
 from cz_jax.plan.work import Call, Seat, Work
 from cz_jax.ports import SamplingMethod
+from cz_jax.roles.learner import step_options
 from cz_jax.sampling.generate import choice_probabilities, generate
 from cz_jax.sampling.queue import generate_queued
 
@@ -144,16 +144,7 @@ def _judging(call: Call, seat: Seat, mesh):
 
 def _update(config: Config, work: Work, mesh):
     g, o, call = config.grpo, config.optimizer, work.update
-    optimizer = make_optimizer(o, config.run.rounds * g.updates)
-    options = StepOptions(
-        arch=work.solver.arch,
-        loss=LossOptions(g.loss, g.clip_low, g.clip_high, g.kl, g.importance_cap),
-        optimizer=optimizer,
-        dtype=work.solver.compute,
-        remat=g.remat == "layer",
-        chunk=g.logprob_chunk,
-        temperature=config.sampling.temperature,
-    )
+    options = step_options(config, work.solver.arch)
     trainable, frozen = lora.split(_solver(config, work.solver, mesh))
     whole = parallel.sharding(mesh)
     count = _struct((), "int32", whole)

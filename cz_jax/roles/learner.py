@@ -19,6 +19,29 @@ from cz_jax.nouns import Group, Rollout, Task
 from cz_jax.rng import seed_for
 
 
+def total_steps(config: Config) -> int:
+    """Optimizer steps of a whole run."""
+    return config.run.rounds * config.grpo.updates
+
+
+def step_options(config: Config, arch: Arch) -> StepOptions:
+    """What the compiled update of a run of `config` is fixed to."""
+    g = config.grpo
+    # Without bfloat16 nothing is rounded at random, and nodes of every seed share one compiled step.
+    rounds = "bfloat16" in (config.solver.param_dtype, config.optimizer.moments_dtype)
+    seed = seed_for(config.run.seed, "round weights") if rounds else 0
+    return StepOptions(
+        arch=arch,
+        loss=LossOptions(g.loss, g.clip_low, g.clip_high, g.kl, g.importance_cap),
+        optimizer=make_optimizer(config.optimizer, total_steps(config), seed),
+        dtype=config.solver.compute_dtype,
+        remat=g.remat == "layer",
+        chunk=g.logprob_chunk,
+        temperature=config.sampling.temperature,
+        seed=seed,
+    )
+
+
 class GrpoLearner:
     """Implements `ports.Learner`; owns the train state.
 
@@ -42,24 +65,10 @@ class GrpoLearner:
         self._config, self._mesh = config, mesh
         self._encode_prompt, self._encode_answer = encode_prompt, encode_answer
         self._reference = reference
-        g = config.grpo
-        self._total_steps = config.run.rounds * g.updates
-        # Without bfloat16 nothing is rounded at random, and nodes of every seed share one compiled step.
-        rounds = "bfloat16" in (config.solver.param_dtype, config.optimizer.moments_dtype)
-        seed = seed_for(config.run.seed, "round weights") if rounds else 0
-        optimizer = make_optimizer(config.optimizer, self._total_steps, seed)
-        self._options = StepOptions(
-            arch=arch,
-            loss=LossOptions(g.loss, g.clip_low, g.clip_high, g.kl, g.importance_cap),
-            optimizer=optimizer,
-            dtype=config.solver.compute_dtype,
-            remat=g.remat == "layer",
-            chunk=g.logprob_chunk,
-            temperature=config.sampling.temperature,
-            seed=seed,
-        )
+        self._total_steps = total_steps(config)
+        self._options = step_options(config, arch)
         trainable, self._frozen = lora.split(params)
-        self.state: TrainState = init_state(trainable, optimizer, shardings)
+        self.state: TrainState = init_state(trainable, self._options.optimizer, shardings)
         self._digest: str | None = None
 
     def params(self) -> dict:

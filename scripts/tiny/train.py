@@ -4,9 +4,9 @@
 
 OUT gets the speaker (proposer and solver), OUT/judge the judge. Both begin as one model that reads clean text:
 proposals and right answers. Then, side by side, the speaker reads answers with deliberate noise; and the judge, two
-layers deeper, reads right and wrong answers and says behind each of their tokens whether a right answer begins so, and
-then whole prompts with their verdicts. The same seed, versions and machine give the same weights. `--scale` shortens or
-lengthens all stages.
+layers deeper, reads right and wrong answers and says behind each of their tokens whether a right answer begins so, then
+whole prompts with their verdicts, and in between many answers that leave a right one at a single token. The same seed,
+versions and machine give the same weights. `--scale` shortens or lengthens all stages.
 """
 
 import argparse
@@ -49,6 +49,8 @@ BRANCHES = {
         Stage("practice", {"judge": 6500}, 6e-4, prompt_share=0.0, mark_share=3.0),
         Stage("long_practice", {"judge": 16000}, 6e-4, prompt_share=0.0, mark_share=3.0),
         Stage("contrast", {"contrast": 9000, "judge": 3000}, 6e-4, prompt_share=0.0, mark_share=3.0),
+        Stage("points", {"points": 24000}, 1e-3, prompt_share=0.0, mark_share=3.0),
+        Stage("sums", {"points": 2000, "contrast": 4000, "judge": 5000}, 6e-4, prompt_share=0.0, mark_share=3.0),
     ),
 }
 

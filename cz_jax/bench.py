@@ -71,16 +71,8 @@ def bench(
             f"{prompt_tokens} + {new_tokens} tokens do not fit the context of {model}: {loaded.arch.max_context}"
         )
     rng = np.random.default_rng(0)
-    engine = Engine(
-        model,
-        loaded.arch,
-        lambda: loaded.params,
-        Numbers(),
-        mesh,
-        jnp.dtype(dtype),
-        prompts * group,
-        max_tokens=1 << 20,
-    )
+    rows = prompts * group
+    engine = Engine(model, loaded.arch, lambda: loaded.params, Numbers(), mesh, jnp.dtype(dtype), rows)
     runs = {"rollout": _rollout, "train": _train, "judge": _judge}
     work, tokens, flops = runs[what](engine, shape, rng, config, mode)
     say("phase", name="compiling and the first run")

@@ -3,9 +3,7 @@
 LADDER = (
     16,
     32,
-    48,
     64,
-    96,
     128,
     192,
     256,
@@ -37,6 +35,11 @@ def rows(count: int, multiple: int = 1) -> int:
     """The smallest power of two that holds `count` rows, raised to a multiple of `multiple` (ways a batch is split)."""
     size = 1 << max(0, count - 1).bit_length()
     return -(-size // multiple) * multiple
+
+
+def group(count: int) -> int:
+    """The padded number of answers to one task: 2, or a multiple of 8."""
+    return 2 if count <= 2 else -(-count // 8) * 8
 
 
 def slots(most: int, multiple: int) -> int:

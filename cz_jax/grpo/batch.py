@@ -12,6 +12,9 @@ import numpy as np
 
 from cz_jax import shapes
 
+TILE = 16  # lengths beside those of the ladder are multiples of this
+SMALL_TOKENS = 2048  # a micro-batch that is no larger stays as it is for fewer rows: a new shape costs a compilation
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -26,7 +29,8 @@ class Row:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """Arrays of one update. `old` and `reference` (float32 [M, P, G, T]) are None until a pass has computed them."""
+    """Arrays of one update; the last micro-batches may be empty. `old` and `reference` (float32 [M, P, G, T]) are None
+    until a pass has computed them."""
 
     prompts: jax.Array  # int32 [M, P, Tp], right-padded
     prompt_lengths: jax.Array  # int32 [M, P]
@@ -47,22 +51,33 @@ class Batch:
         return dataclasses.replace(self, **arrays)
 
 
-def pack(rows: Sequence[Row], micro_batch_tokens: int, ways: int = 1, pad_id: int = 0) -> Batch:
-    """Host arrays of `rows`, as few micro-batches of about `micro_batch_tokens` tokens as hold them.
+def pack(
+    rows: Sequence[Row], micro_batch_tokens: int, ways: int = 1, pad_id: int = 0, most_rows: int = 0,
+    max_new_tokens: int = 0,
+) -> Batch:  # fmt: skip
+    """Host arrays of `rows`, as few micro-batches of about `micro_batch_tokens` tokens as hold them; behind these,
+    empty ones up to what `most_rows` would need, so that batches of fewer rows are of the same shape.
 
-    Sizes come from the ladder of `shapes`; the prompts of a micro-batch are a multiple of `ways`, the number of devices
-    that a batch is split over. A token counts once: Tp + G * T a group. ValueError without rows.
+    Sizes come from the ladder of `shapes`, but no completion needs more than `max_new_tokens` (0: not known); the
+    prompts of a micro-batch are a multiple of `ways`, the number of devices that a batch is split over. A token counts
+    once: Tp + G * T a group. ValueError without rows.
     """
     if not rows:
         raise ValueError("no groups to train on")
     tp = shapes.rung(max(len(r.prompt) for r in rows))
     g = max(len(r.completions) for r in rows)
-    t = shapes.rung(max(len(c) for r in rows for c in r.completions))
-    most = max(1, micro_batch_tokens // (tp + g * t))
-    p = shapes.rows(min(len(rows), most), ways)
+    longest = max(len(c) for r in rows for c in r.completions)
+    t = shapes.rung(longest)
+    if longest <= max_new_tokens:
+        t = min(t, -(-max_new_tokens // TILE) * TILE)
+    count, each = max(len(rows), most_rows), tp + g * t
+    most = max(1, micro_batch_tokens // each)
+    p = shapes.rows(min(count, most), ways)
     if p > most and p > ways:
         p = max(ways, p // 2)
-    m = -(-len(rows) // p)
+    m = -(-count // p)
+    while p * each > SMALL_TOKENS and p % (2 * ways) == 0 and len(rows) <= p // 2:
+        p, m = p // 2, 1
     batch = Batch(
         prompts=np.full((m, p, tp), pad_id, np.int32),
         prompt_lengths=np.ones((m, p), np.int32),

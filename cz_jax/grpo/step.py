@@ -1,9 +1,9 @@
 """The GRPO update: one jitted, sharded, donated optax step over all micro-batches of a batch.
 
 How it is put together: the state lives in the shardings of the weight table; a batch is split over data x fsdp; `jit`
-with these shardings makes XLA insert the gathers and reductions. A scan over micro-batches adds gradients and sums in
-float32, the denominators are those of the whole batch, so that the split changes nothing but memory. A loss or gradient
-that is not finite leaves the state as it was.
+with these shardings makes XLA insert the gathers and reductions. A loop over the micro-batches that hold rows adds
+gradients and sums in float32, the denominators are those of the whole batch, so that the split changes nothing but
+memory. A loss or gradient that is not finite leaves the state as it was.
 """
 
 from dataclasses import dataclass
@@ -54,6 +54,16 @@ def init_state(params: dict, optimizer: optax.GradientTransformation, shardings:
     return TrainState(params, jax.jit(optimizer.init, out_shardings=like)(params), step)
 
 
+def _micro(batch: Batch, i) -> Batch:
+    return jax.tree.map(lambda a: a[i], batch)
+
+
+def _filled(batch: Batch) -> jax.Array:
+    """How many micro-batches there are up to the last with a completion: the others cost nothing."""
+    some_M = (batch.lengths > 0).any((1, 2))
+    return jnp.max(jnp.where(some_M, jnp.arange(1, len(some_M) + 1), 0))
+
+
 def _micro_logprobs(options: StepOptions, params, micro: Batch):
     return completion_logprobs(
         options.arch, params, micro.prompts, micro.prompt_lengths, micro.completions, dtype=jnp.dtype(options.dtype),
@@ -63,9 +73,13 @@ def _micro_logprobs(options: StepOptions, params, micro: Batch):
 
 @partial(jax.jit, static_argnames=("options",))
 def batch_logprobs(options: StepOptions, params: dict, batch: Batch) -> jax.Array:
-    """float32 [M, P, G, T]: log-probabilities of the batch's completions under `params` (the whole tree), no
-    gradient."""
-    return jax.lax.map(lambda micro: _micro_logprobs(options, params, micro)[0], batch)
+    """float32 [M, P, G, T]: log-probabilities of the batch's completions under `params` (the whole tree), no gradient;
+    0 in empty micro-batches."""
+
+    def add(i, found):
+        return found.at[i].set(_micro_logprobs(options, params, _micro(batch, i))[0])
+
+    return jax.lax.fori_loop(0, _filled(batch), add, jnp.zeros(batch.completions.shape))
 
 
 @partial(jax.jit, static_argnames=("options",))
@@ -87,15 +101,16 @@ def loss_and_gradients(options: StepOptions, trainable: dict, frozen: dict, batc
         )
         return loss, (sums, jnp.where(micro.mask, entropy, 0.0).sum())
 
-    def add(total, micro):
+    def add(i, total):
+        micro = _micro(batch, i)
         (loss, (sums, entropy)), gradients = jax.value_and_grad(micro_loss, has_aux=True)(trainable, micro)
         old_loss, old_gradients, old_sums, old_entropy = total
         gradients = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), old_gradients, gradients)
-        return (old_loss + loss, gradients, add_sums(old_sums, sums), old_entropy + entropy), None
+        return old_loss + loss, gradients, add_sums(old_sums, sums), old_entropy + entropy
 
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), trainable)
     start = (jnp.zeros(()), zeros, zero_sums(), jnp.zeros(()))
-    (loss, gradients, sums, entropy), _ = jax.lax.scan(add, start, batch)
+    loss, gradients, sums, entropy = jax.lax.fori_loop(0, _filled(batch), add, start)
     return loss, gradients, sums | {"entropy": entropy}
 
 

@@ -23,6 +23,7 @@ from cz_jax.plan.targets import GIB, Target
 from cz_jax.plan.work import Call, Seat, Work
 from cz_jax.ports import SamplingMethod
 from cz_jax.roles.learner import step_options
+from cz_jax.sampling.engine import JUDGING_STEPS
 from cz_jax.sampling.generate import choice_probabilities, generate
 from cz_jax.sampling.queue import generate_queued
 
@@ -134,10 +135,11 @@ def _sampling(call: Call, seat: Seat, mesh, method: SamplingMethod, config: Conf
 
 
 def _judging(call: Call, seat: Seat, mesh):
-    p, g = call.prompts, call.group
+    rows = (JUDGING_STEPS, call.prompts, call.group)
     return choice_probabilities.lower(
-        seat.arch, _weights(seat, mesh), _split(mesh, (p, call.prompt_tokens), "int32"), _split(mesh, (p,), "int32"),
-        _split(mesh, (p, g, call.tokens), "int32"), _split(mesh, (p, g), "int32"),
+        seat.arch, _weights(seat, mesh), _split(mesh, (*rows[:2], call.prompt_tokens), "int32", 1),
+        _split(mesh, rows[:2], "int32", 1), _split(mesh, (*rows, call.tokens), "int32", 1),
+        _split(mesh, rows, "int32", 1),
         _struct((2,), "int32", parallel.sharding(mesh)), dtype=jnp.dtype(seat.compute),
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from cz_jax.errors import ConfigError, ModelFolderError
 from cz_jax.evaluate import TASKS_AT_ONCE
 from cz_jax.grpo.batch import Row, pack
 from cz_jax.models.spec import RANDOM_SHAPES, Arch, arch_from_folder
-from cz_jax.sampling.engine import Engine, prompts_at_once
+from cz_jax.sampling.engine import Engine, judged_at_once, prompts_at_once
 
 RANDOM = "random:"
 HUB_SHAPES = {
@@ -124,7 +124,7 @@ def work_of(config: Config, ways: int) -> Work:
         at_once = min(config.eval.max_tasks or TASKS_AT_ONCE, TASKS_AT_ONCE)
         calls.append(_sampling(at_once, config.eval.k, prompt, tokens, seats, ways))
     row = Row([0] * config.sampling.max_prompt_tokens, [[0] * tokens] * r.group_size, [0.0] * r.group_size)
-    batch = pack([row] * groups, config.grpo.micro_batch_tokens, ways)
+    batch = pack([row] * groups, config.grpo.micro_batch_tokens, ways, max_new_tokens=tokens)
     m, pp, g, t = batch.completions.shape
     proposing = None
     if proposed:
@@ -135,7 +135,7 @@ def work_of(config: Config, ways: int) -> Work:
     if extra:
         reasoning = _sampling(judged_groups * r.group_size, 1, _rung(judged + tokens), extra, seats, ways)
     if e.mode != "generate":
-        judging = _judging(judged_groups, r.group_size, judged, tokens + extra, ways)
+        judging = _judging(r.group_size, judged, tokens + extra, ways)
     return Work(
         solver, evaluator, proposer, own, groups, judged_groups,
         max(calls, key=lambda c: c.rows) if calls else Call(ways, r.group_size, pp, tokens),
@@ -150,10 +150,10 @@ def _sampling(prompts: int, group: int, length: int, tokens: int, seats: int, wa
     return Call(shapes.rows(at_once, ways), group, length, tokens, slots)
 
 
-def _judging(groups: int, group: int, prefix: int, suffix: int, ways: int) -> Call:
-    prefix, suffix, group = _rung(prefix), _rung(suffix), shapes.rows(group)
-    at_once = min(groups, max(1, Engine.max_tokens // (prefix + suffix * group)))
-    return Call(shapes.rows(at_once, ways), group, prefix, suffix)
+def _judging(group: int, prefix: int, suffix: int, ways: int) -> Call:
+    """One step of the judging program."""
+    prefix, suffix, group = _rung(prefix), _rung(suffix), shapes.group(group)
+    return Call(judged_at_once(prefix, suffix, group, ways), group, prefix, suffix)
 
 
 def _rung(length: int) -> int:

@@ -96,7 +96,11 @@ class GrpoLearner:
         if not kept or not sum(lengths):
             return metrics
         over = denominators(lengths, self._config.sampling.max_new_tokens)
-        batch = pack(kept, self._config.grpo.micro_batch_tokens, parallel.batch_devices(self._mesh))
+        r, ways = self._config.round, parallel.batch_devices(self._mesh)
+        batch = pack(
+            kept, self._config.grpo.micro_batch_tokens, ways, max_new_tokens=self._config.sampling.max_new_tokens,
+            most_rows=r.dataset_tasks + r.proposed_tasks + r.external_groups,
+        )  # fmt: skip
         with jax.set_mesh(self._mesh):
             placed = self._complete(jax.tree.map(lambda a: parallel.place_batch(self._mesh, a, 1), batch))
             for _ in range(self._config.grpo.updates):

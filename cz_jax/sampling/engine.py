@@ -18,12 +18,15 @@ from cz_jax.ports import Sample, SamplingMethod
 from cz_jax.sampling.generate import choice_probabilities, generate
 from cz_jax.sampling.queue import generate_queued
 
+JUDGING_TOKENS = 2048  # of one step: enough for a matmul's speed, and little that only fills up
+JUDGING_STEPS = 16  # of one call at most; those without a task are not made
+
 
 @dataclass
 class Engine:
     """`params` is called for every use, so that a solver's engine sees its newest weights. `tokenizer`: encode_chat,
     encode, decode, eos_ids, pad_id (see convert.tokenizer). `max_sequences`: rows decoded side by side; `max_tokens`:
-    tokens of one judging batch, and of the prompts that one queue holds."""
+    tokens of the prompts that one queue holds."""
 
     name: str
     arch: Arch
@@ -104,43 +107,48 @@ class Engine:
         split = [common_prefix(rows) for rows in prompts]
         suffixes = [[row[n:] for row in rows] for rows, n in zip(prompts, split, strict=True)]
         shape = [
-            (shapes.rung(n), shapes.rung(max(map(len, rows))), shapes.rows(len(rows)))
+            (shapes.rung(n), shapes.rung(max(map(len, rows))), shapes.group(len(rows)))
             for n, rows in zip(split, suffixes, strict=True)
         ]
         out: list[list[list[float]]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=shape.__getitem__)
         for key, same in groupby(order, key=shape.__getitem__):
             same = list(same)
-            step = max(1, self.max_tokens // (key[0] + key[1] * key[2]))
-            for start in range(0, len(same), step):
-                call = same[start : start + step]
-                for i, rows in zip(
-                    call,
-                    self._choose([prompts[i][0][: split[i]] for i in call], [suffixes[i] for i in call], key, choices),
-                    strict=True,
-                ):
+            at_once = judged_at_once(*key, parallel.batch_devices(self.mesh))
+            for start in range(0, len(same), JUDGING_STEPS * at_once):
+                call = same[start : start + JUDGING_STEPS * at_once]
+                prefixes = [prompts[i][0][: split[i]] for i in call]
+                found = self._choose(prefixes, [suffixes[i] for i in call], (at_once, *key), choices)
+                for i, rows in zip(call, found, strict=True):
                     out[i] = rows
         return out
 
     def _choose(self, prefixes, suffixes, shape, choices):
-        prefix_length, suffix_length, group = shape
-        count = shapes.rows(len(prefixes), parallel.batch_devices(self.mesh))
+        at_once, prefix_length, suffix_length, group = shape
+        count, steps = JUDGING_STEPS * at_once, (JUDGING_STEPS, at_once)
         tokens, lengths = pad(prefixes, count, prefix_length, self.tokenizer.pad_id)
         rows = np.full((count, group, suffix_length), self.tokenizer.pad_id, np.int32)
-        row_lengths = np.ones((count, group), np.int32)
+        row_lengths = np.zeros((count, group), np.int32)
         for p, group_rows in enumerate(suffixes):
             for g, row in enumerate(group_rows):
                 rows[p, g, : len(row)], row_lengths[p, g] = row, len(row)
+        arrays = [a.reshape(*steps, *a.shape[1:]) for a in (tokens, lengths, rows, row_lengths)]
         with jax.set_mesh(self.mesh):
             got = parallel.to_host(choice_probabilities(
-                self.arch, self.params(), *self._place(tokens, lengths, rows, row_lengths),
-                np.asarray(choices, np.int32), dtype=self.dtype,
-            ))  # fmt: skip
+                self.arch, self.params(), *self._place(*arrays, dimension=1), np.asarray(choices, np.int32),
+                dtype=self.dtype,
+            )).reshape(count, group, -1)  # fmt: skip
         return [got[p, : len(group_rows)].tolist() for p, group_rows in enumerate(suffixes)]
 
-    def _place(self, *arrays):
+    def _place(self, *arrays, dimension: int = 0):
         """Host arrays as device arrays split over the batch axes of the mesh."""
-        return [parallel.place_batch(self.mesh, a) for a in arrays]
+        return [parallel.place_batch(self.mesh, a, dimension) for a in arrays]
+
+
+def judged_at_once(prefix: int, suffix: int, group: int, ways: int) -> int:
+    """How many tasks with `group` answers one step of judging takes: those of JUDGING_TOKENS padded tokens, and a
+    multiple of `ways`."""
+    return shapes.slots(max(ways, JUDGING_TOKENS // (prefix + suffix * group)), ways)
 
 
 def prompts_at_once(prompts: int, group: int, length: int, max_sequences: int, max_tokens: int) -> int:

@@ -1,6 +1,6 @@
 """The two compiled programs of inference: sampling completions, and reading the probabilities of given next tokens.
 
-Legend: P prompts, G rows of a prompt, Tp prompt tokens, C new tokens, Ts suffix tokens, V vocabulary.
+Legend: M steps, P prompts of one, G rows of a prompt, Tp prompt tokens, C new tokens, Ts suffix tokens, V vocabulary.
 """
 
 from functools import partial
@@ -85,18 +85,25 @@ def generate(
 
 @partial(jax.jit, static_argnames=("arch", "dtype"))
 def choice_probabilities(
-    arch: Arch, params, prompts_PT, lengths_P, suffixes_PGT, suffix_lengths_PG, choices_S, *, dtype
+    arch: Arch, params, prompts_MPT, lengths_MP, suffixes_MPGT, suffix_lengths_MPG, choices_S, *, dtype
 ):
-    """float32 [P, G, S]: P(next token = choices[s]) behind suffix (p, g), which itself stands behind prompt p. Every
-    suffix has at least one token. NaN where a logit is not finite."""
-    p, g, _ = suffixes_PGT.shape
-    _, hidden = qwen.shared_forward(arch, params, prompts_PT, lengths_P, suffixes_PGT, dtype)
-    last = jnp.take_along_axis(hidden, (suffix_lengths_PG - 1)[:, :, None, None], axis=2).reshape(p * g, -1)
+    """float32 [M, P, G, S]: P(next token = choices[s]) behind suffix (m, p, g), which itself stands behind prompt
+    (m, p). P prompts at a time; a suffix of no tokens is none, and steps behind the last that has one are not made. NaN
+    where a logit is not finite."""
     head = qwen.head_matrix(arch, params)
+    m, p, g = suffix_lengths_MPG.shape
 
     def read(row_D):
         logits = qwen.logits_of(row_D, head)
         chosen = jnp.exp(logits[choices_S] - jax.nn.logsumexp(logits))
         return jnp.where(jnp.isfinite(logits).all(), chosen, jnp.nan)
 
-    return jax.lax.map(read, last, batch_size=min(CHOICE_ROWS, p * g)).reshape(p, g, -1)
+    def step(i, found):
+        _, hidden = qwen.shared_forward(arch, params, prompts_MPT[i], lengths_MP[i], suffixes_MPGT[i], dtype)
+        at = jnp.maximum(suffix_lengths_MPG[i] - 1, 0)
+        last = jnp.take_along_axis(hidden, at[:, :, None, None], axis=2).reshape(p * g, -1)
+        chosen = jax.lax.map(read, last, batch_size=min(CHOICE_ROWS, p * g))
+        return found.at[i].set(chosen.reshape(p, g, -1))
+
+    steps = jnp.max(jnp.where((suffix_lengths_MPG > 0).any((1, 2)), jnp.arange(1, m + 1), 0))
+    return jax.lax.fori_loop(0, steps, step, jnp.zeros((m, p, g, len(choices_S))))

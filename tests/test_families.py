@@ -184,12 +184,12 @@ def test_noise_is_where_it_is_asked_for():
 
 
 def test_a_judge_sheet_is_the_judges_prompt(tokenizer):
-    for kind in ("judge", "contrast", "prefix", "points"):
+    for kind in ("judge", "contrast", "contrast_names", "prefix", "points", "points_names"):
         sheet = text.judge_sheet(tokenizer, random.Random(5), 3, kind)
         assert sheet.kind == kind
         written = [tokenizer.decode(sheet.prompt + row.tokens) for row in sheet.rows]
         assert all(len(r.tokens) == len(r.weights) == len(r.marks) == len(r.mark_weights) for r in sheet.rows)
-        if kind in ("prefix", "points"):
+        if kind.startswith(("prefix", "points")):
             assert all("def " in w and "</code" not in w for w in written)
             continue
         for w in written:
@@ -207,7 +207,7 @@ def test_contrasts_miss_a_right_answer_by_a_token():
     for number in range(20):
         rng = random.Random(number)
         item = draw(rng, "train", 1 + number % 5)
-        for code in mutate.wrong_bodies(item, rng, 3, near=True):
+        for code in mutate.wrong_bodies(item, rng, 3, slips=mutate.NEAR_SLIPS):
             assert not item.solved_by(code)
             tokens = [re.findall(r"\w+|[^\w\s]+", text) for text in (code, *item.right)]
             edits = [SequenceMatcher(None, tokens[0], other, autojunk=False).get_opcodes() for other in tokens[1:]]

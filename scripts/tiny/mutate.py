@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from cz_jax.text.answers import normalise
 from tiny.families import Item
-from tiny.parts import LETTERS, NOUNS, VERBS
+from tiny.parts import ARGUMENTS, LETTERS, NOUNS, VERBS
 
 OPERATORS = {
     ast.Add: (ast.Sub, ast.Mult), ast.Sub: (ast.Add,), ast.Mult: (ast.Add,), ast.FloorDiv: (ast.Mod, ast.Mult),
@@ -28,10 +28,10 @@ METHODS = {
 
 
 def wrong_bodies(
-    item: Item, rng: random.Random, count: int, others: tuple[Item, ...] = (), near: bool = False
+    item: Item, rng: random.Random, count: int, others: tuple[Item, ...] = (), slips: tuple | None = None
 ) -> list[str]:
-    """At most `count` different wrong answers to the item: slips in its right bodies, and right bodies of `others`
-    under this item's names. `near`: slips of one token alone, as far as there are any."""
+    """At most `count` different wrong answers to the item: `slips` (None: SLIPS) in its right bodies, as far as there
+    are any, and right bodies of `others` under this item's names."""
     found: list[str] = []
     for _ in range(8 * count):
         if len(found) == count:
@@ -39,7 +39,7 @@ def wrong_bodies(
         if others and rng.random() < 0.15:
             code = _borrowed(item, rng.choice(others), rng)
         else:
-            code = _slip(rng.choice(item.right), item, rng, NEAR_SLIPS if near else SLIPS)
+            code = _slip(rng.choice(item.right), item, rng, slips or SLIPS)
         if code is not None and code not in found and code not in item.right and not item.solved_by(code):
             found.append(code)
     return found
@@ -160,6 +160,18 @@ def _names(tree, item, rng) -> Edits:
                     yield node, ast.Name(other, ast.Load())
 
 
+def _strangers(tree, item, rng) -> Edits:
+    """A variable, or a parameter where it is declared, under a name that the function does not have."""
+    bound = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    names = bound | set(item.parameters)
+    strangers = sorted({name for of in ARGUMENTS.values() for name in of} - names)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in names:
+            yield node, ast.Name(rng.choice(strangers), ast.Load())
+        elif isinstance(node, ast.arg):
+            yield node, ast.arg(rng.choice(strangers))
+
+
 def _slices(tree, item, rng) -> Edits:
     for node in ast.walk(tree):
         if isinstance(node, ast.Slice):
@@ -222,3 +234,4 @@ SLIPS = (
     _statements, _entry,
 )  # fmt: skip
 NEAR_SLIPS = (_operators, _comparisons, _constants, _constants, _calls, _names, _entry)
+NAME_SLIPS = (*NEAR_SLIPS, _strangers, _strangers, _strangers, _strangers)

@@ -17,6 +17,8 @@ SHAPES = {
     "points": (8, ((144, 32), (176, 40), (208, 64))),
     "judge": (8, ((160, 84), (208, 112))),
     "contrast": (8, ((160, 84), (208, 112))),
+    "points_names": (8, ((144, 32), (176, 40), (208, 64))),
+    "contrast_names": (8, ((160, 84), (208, 112))),
 }
 
 
@@ -74,4 +76,4 @@ def batch_of(sheets: list[Sheet], shape: tuple[int, int], pad: int) -> dict:
             batch["rows"][i, j, :n], batch["weights"][i, j, :n] = row.tokens, row.weights
             batch["marks"][i, j, :n], batch["mark_weights"][i, j, :n] = row.marks, row.mark_weights
             batch["ends"][i, j] = n
-    return {"only_last": sheets[0].kind in ("judge", "contrast"), "kind": sheets[0].kind, **batch}
+    return {"only_last": sheets[0].kind.startswith(("judge", "contrast")), "kind": sheets[0].kind, **batch}

@@ -12,7 +12,7 @@ from cz_jax.convert.tokenizer import ChatTokenizer
 from cz_jax.roles.prompts import TOPICS, VERDICT_FALSE, VERDICT_TRUE, judge_messages, proposer_messages, solver_messages
 from cz_jax.sampling.engine import common_prefix
 from tiny.families import Item, draw
-from tiny.mutate import wrong_bodies
+from tiny.mutate import NAME_SLIPS, NEAR_SLIPS, wrong_bodies
 
 LEVELS = (1, 2, 3, 4, 5)
 # How often a solver's training answer is a wrong one, by level; and how often a right or wrong one is badly written.
@@ -21,6 +21,7 @@ UNTIDY_SHARE = 0.15
 PROPOSALS, ANSWERS = 4, 2  # continuations of a proposer's and of a judge's sheet
 CONTRASTS = 3  # answers that miss by a token, beside the right one of a "contrast" sheet
 POINTS = (2, 4, 1)  # right answers, ones that miss by a token, and other wrong ones of a "points" sheet
+NAMES = "_names"
 DECISIVE = 8.0  # weight of the mark of a token with which a wrong answer leaves the right ones
 NONE, WRONG, RIGHT = -1, 0, 1
 
@@ -38,7 +39,7 @@ class Continuation:
 
 @dataclass
 class Sheet:
-    kind: str  # "propose", "solve", "prefix", "points", "judge" or "contrast"
+    kind: str  # a key of sheets.SHAPES
     prompt: list[int]
     rows: list[Continuation]
 
@@ -102,19 +103,20 @@ def judge_sheet(tokenizer: ChatTokenizer, rng: random.Random, level: int, kind: 
     """Answers to one task under one nonce, with their verdicts. Right and wrong ones weigh the same, however many there
     are of each. Kind "prefix": the prompt ends where the code does, and right code is to be predicted instead of a
     verdict; "contrast": a right answer and several that miss it by a token; "points": as "prefix" with such answers,
-    and the tokens where right and wrong part are what counts."""
-    item = draw(rng, "train", level)
-    if kind == "contrast":
+    and the tokens where right and wrong part are what counts. With NAMES behind the latter two: half of the slips are
+    names that the function does not have."""
+    item, slips = draw(rng, "train", level), NAME_SLIPS if kind.endswith(NAMES) else NEAR_SLIPS
+    if kind.startswith("contrast"):
         labelled = [(rng.choice(item.right), True)]
-        labelled += [(code, False) for code in wrong_bodies(item, rng, CONTRASTS, near=True)]
-    elif kind == "points":
+        labelled += [(code, False) for code in wrong_bodies(item, rng, CONTRASTS, slips=slips)]
+    elif kind.startswith("points"):
         labelled = [(code, True) for code in rng.sample(item.right, min(POINTS[0], len(item.right)))]
-        wrong = wrong_bodies(item, rng, POINTS[1], near=True)
+        wrong = wrong_bodies(item, rng, POINTS[1], slips=slips)
         wrong += wrong_bodies(item, rng, POINTS[2], (draw(rng, "train", level),))
         labelled += [(code, False) for code in dict.fromkeys(wrong)]
     else:
         labelled = labelled_answers(item, rng, ANSWERS, (draw(rng, "train", level),))
-    cut = kind in ("prefix", "points")
+    cut = kind == "prefix" or kind.startswith("points")
     nonce = f"{rng.getrandbits(32):08x}"
     share = {label: 0.5 * len(labelled) / max(1, sum(b == label for _, b in labelled)) for label in (True, False)}
 
@@ -136,7 +138,7 @@ def judge_sheet(tokenizer: ChatTokenizer, rng: random.Random, level: int, kind: 
         marks = _marks(code, ways) + [NONE] * len(rest)
         weights = [0.0] * (len(code) + len(rest) - 1) + [share[label]]
         rows.append(Continuation(code + rest, weights, marks, [1.0] * len(code) + [0.0] * len(rest)))
-    if kind == "points":
+    if kind.startswith("points"):
         _stress(rows)
     return Sheet(kind, asked[0][:start], rows)
 

@@ -66,21 +66,7 @@ def generate_queued(
     def body(state):
         return step(jax.lax.while_loop(lambda s: queue.takers(s).any(), partial(_take, queue, prompts, group), state))
 
-    made = (ways, queue.none + 1)  # the last place is written to by slots without a row
-    cache_dtype = prompts[0][0].dtype
-    state = {
-        "tokens": jnp.zeros((*made, max_new_tokens), jnp.int32),
-        "logprobs": jnp.zeros((*made, max_new_tokens), jnp.float32),
-        "lengths": jnp.zeros(made, jnp.int32),
-        "ended": jnp.zeros(made, bool),
-        "row": jnp.full((ways, slots // ways), queue.none, jnp.int32),
-        "at": jnp.zeros((ways, slots // ways), jnp.int32),
-        "token": jnp.zeros((ways, slots // ways), jnp.int32),
-        "next": jnp.zeros(ways, jnp.int32),
-        "column": jnp.int32(0),
-        "prompt": tuple(tuple(jnp.zeros((slots, *a.shape[2:]), cache_dtype) for a in of) for of in prompts),
-        "suffix": qwen.empty_suffix(arch, (slots, 1), max_new_tokens, cache_dtype),
-    }
+    state = _empty(arch, queue, prompts, ways, slots, max_new_tokens)
     state = jax.lax.while_loop(lambda s: (s["row"] < queue.none).any() | queue.left(s).any(), body, state)
 
     def result(name):
@@ -113,6 +99,24 @@ def _prefill(arch: Arch, params, prompts_PT, lengths_P, ways: int, slots: int, g
         return cache.keys, cache.values
 
     return jax.tree.map(whole, jax.lax.map(one, (parts(prompts_PT), parts(lengths_P))))
+
+
+def _empty(arch: Arch, queue, prompts, ways: int, slots: int, max_new_tokens: int) -> dict:
+    """Free slots, and results in which nothing is written; the last place of them is for slots without a row."""
+    made, seats, dtype = (ways, queue.none + 1), (ways, slots // ways), prompts[0][0].dtype
+    return {
+        "tokens": jnp.zeros((*made, max_new_tokens), jnp.int32),
+        "logprobs": jnp.zeros((*made, max_new_tokens), jnp.float32),
+        "lengths": jnp.zeros(made, jnp.int32),
+        "ended": jnp.zeros(made, bool),
+        "row": jnp.full(seats, queue.none, jnp.int32),
+        "at": jnp.zeros(seats, jnp.int32),
+        "token": jnp.zeros(seats, jnp.int32),
+        "next": jnp.zeros(ways, jnp.int32),
+        "column": jnp.int32(0),
+        "prompt": tuple(tuple(jnp.zeros((slots, *a.shape[2:]), dtype) for a in of) for of in prompts),
+        "suffix": qwen.empty_suffix(arch, (slots, 1), max_new_tokens, dtype),
+    }
 
 
 class _Queue:

@@ -51,6 +51,13 @@ BRANCHES = {
         Stage("contrast", {"contrast": 9000, "judge": 3000}, 6e-4, prompt_share=0.0, mark_share=3.0),
         Stage("points", {"points": 24000}, 1e-3, prompt_share=0.0, mark_share=3.0),
         Stage("sums", {"points": 2000, "contrast": 4000, "judge": 5000}, 6e-4, prompt_share=0.0, mark_share=3.0),
+        Stage(
+            "names",
+            {"points_names": 6400, "contrast_names": 3600, "judge": 1600},
+            6e-4,
+            prompt_share=0.0,
+            mark_share=3.0,
+        ),
     ),
 }
 

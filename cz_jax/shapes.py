@@ -1,5 +1,8 @@
 """The few sizes that compiled shapes come in, so that a run compiles a handful of programs and not one a batch."""
 
+import jax
+import jax.numpy as jnp
+
 LADDER = (
     16,
     32,
@@ -45,3 +48,9 @@ def group(count: int) -> int:
 def slots(most: int, multiple: int) -> int:
     """`most`, lowered to a multiple of `multiple` that is not 0."""
     return max(1, most // multiple) * multiple
+
+
+def filled(lengths_MPG: jax.Array) -> jax.Array:
+    """int32 []: how many of M steps there are up to the last with a row that has tokens; a loop makes no others."""
+    some_M = (lengths_MPG > 0).any((1, 2))
+    return jnp.max(jnp.where(some_M, jnp.arange(1, len(some_M) + 1), 0))

@@ -92,7 +92,7 @@ def test_a_queue_decodes_no_more_steps_than_its_rows_need():
         got = e.sample(prompts, seeds, 40, SamplingMethod(1.0))
     jax.effects_barrier()
     assert [len(s.tokens) for s in sum(got, [])] == ends
-    assert len(steps) <= list_schedule(ends, 8)
+    assert max(ends) <= len(steps) <= list_schedule(ends, 8)
 
 
 def counted(function, calls):

@@ -71,7 +71,7 @@ def test_settings_train_on_equally_many_groups():
             assert {f"{r.dataset_tasks}/{r.external_groups}" for r in rounds} == {setting}
             assert not any(r.proposed_tasks for r in rounds) and {r.group_size for r in rounds} == {8}
             assert {c.swarm.per_peer for c in configs} == {study.GROUPS}
-            # nodes share one compiled step, which only float32 at a constant rate allows
+            # nodes share one compiled step, which only float32 allows
             assert {(c.solver.param_dtype, c.optimizer.moments_dtype) for c in configs} == {("float32", "float32")}
             assert {c.optimizer.schedule for c in configs} == {"constant"}
     seeds = {study.node_config("8/0", s, place, 5).run.seed for s in study.SEEDS for place in range(1, 5)}

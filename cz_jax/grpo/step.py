@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cz_jax import shapes
 from cz_jax.grpo.batch import Batch
 from cz_jax.grpo.logprobs import completion_logprobs
 from cz_jax.grpo.loss import Denominators, LossOptions, add_sums, grpo_loss, zero_sums
@@ -58,12 +59,6 @@ def _micro(batch: Batch, i) -> Batch:
     return jax.tree.map(lambda a: a[i], batch)
 
 
-def _filled(batch: Batch) -> jax.Array:
-    """How many micro-batches there are up to the last with a completion: the others cost nothing."""
-    some_M = (batch.lengths > 0).any((1, 2))
-    return jnp.max(jnp.where(some_M, jnp.arange(1, len(some_M) + 1), 0))
-
-
 def _micro_logprobs(options: StepOptions, params, micro: Batch):
     return completion_logprobs(
         options.arch, params, micro.prompts, micro.prompt_lengths, micro.completions, dtype=jnp.dtype(options.dtype),
@@ -79,7 +74,7 @@ def batch_logprobs(options: StepOptions, params: dict, batch: Batch) -> jax.Arra
     def add(i, found):
         return found.at[i].set(_micro_logprobs(options, params, _micro(batch, i))[0])
 
-    return jax.lax.fori_loop(0, _filled(batch), add, jnp.zeros(batch.completions.shape))
+    return jax.lax.fori_loop(0, shapes.filled(batch.lengths), add, jnp.zeros(batch.completions.shape))
 
 
 @partial(jax.jit, static_argnames=("options",))
@@ -110,7 +105,7 @@ def loss_and_gradients(options: StepOptions, trainable: dict, frozen: dict, batc
 
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), trainable)
     start = (jnp.zeros(()), zeros, zero_sums(), jnp.zeros(()))
-    loss, gradients, sums, entropy = jax.lax.fori_loop(0, _filled(batch), add, start)
+    loss, gradients, sums, entropy = jax.lax.fori_loop(0, shapes.filled(batch.lengths), add, start)
     return loss, gradients, sums | {"entropy": entropy}
 
 

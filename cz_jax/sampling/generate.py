@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cz_jax import rng
+from cz_jax import rng, shapes
 from cz_jax.models import qwen
 from cz_jax.models.spec import Arch
 from cz_jax.ports import SamplingMethod
@@ -105,5 +105,5 @@ def choice_probabilities(
         chosen = jax.lax.map(read, last, batch_size=min(CHOICE_ROWS, p * g))
         return found.at[i].set(chosen.reshape(p, g, -1))
 
-    steps = jnp.max(jnp.where((suffix_lengths_MPG > 0).any((1, 2)), jnp.arange(1, m + 1), 0))
+    steps = shapes.filled(suffix_lengths_MPG)
     return jax.lax.fori_loop(0, steps, step, jnp.zeros((m, p, g, len(choices_S))))

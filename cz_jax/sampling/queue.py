@@ -136,9 +136,9 @@ class _Queue:
         self.limits = jnp.pad(limits_PG.reshape(ways, -1), ((0, 0), (0, 1)))
         self.total = (limits_PG > 0).reshape(ways, -1).sum(-1)
 
-    def of(self, values, rows_WS):
-        """`values` [W, N + 1, ...] of the rows in the slots."""
-        return jax.vmap(lambda v, r: v[r])(values, rows_WS)
+    def of(self, values, rows):
+        """`values` [W, N + 1, ...] of `rows` ([W] or [W, S])."""
+        return jax.vmap(lambda v, r: v[r])(values, rows)
 
     def left(self, state):
         """bool [W]: whether rows wait."""
@@ -169,7 +169,7 @@ def _take(queue: _Queue, prompts, group: int, state):
     return state | {
         "row": set_slot(state["row"], row),
         "at": set_slot(state["at"], jnp.zeros_like(row)),
-        "token": set_slot(state["token"], jax.vmap(lambda v, r: v[r])(queue.last, row)),
+        "token": set_slot(state["token"], queue.of(queue.last, row)),
         "next": state["next"] + takes,
         "prompt": jax.tree.map(copy, state["prompt"], prompts),
     }

@@ -19,6 +19,7 @@ from cz_jax.roles.solver import ModelSolver
 from cz_jax.text.verdicts import parse_verdict
 
 ADD = Task("mbpp", "Add two numbers.", ("assert add(1, 2) == 3", "assert add(0, 0) == 0"), "add", 1)
+PLUS = Task("proposer", "Add them.", ("assert add(2, 3) == 5",), "add", 2)
 MUL = Task("proposer", "Multiply two numbers.", ("assert mul(2, 3) == 6",), "mul", 2)
 PROGRAM = Task(
     "code_contests",
@@ -27,6 +28,7 @@ PROGRAM = Task(
     None,
     3,
 )
+TIMES = "def mul(a, b):\n    return a * b"
 RIGHT, OTHER = "def add(a, b):\n    return a + b", "def add(a, b):\n    return sum([a, b])"
 
 
@@ -268,7 +270,7 @@ def test_the_nonce_is_of_the_seed_the_round_and_the_task():
         return asked(model)[0].split("<code-")[1][:8]
 
     assert nonce(0, 1, ADD) == nonce(0, 1, ADD)
-    assert len({nonce(0, 1, ADD), nonce(1, 1, ADD), nonce(0, 2, ADD), nonce(0, 1, MUL)}) == 4
+    assert len({nonce(0, 1, ADD), nonce(1, 1, ADD), nonce(0, 2, ADD), nonce(0, 1, PLUS)}) == 4
 
 
 # Evaluator: verdicts
@@ -276,7 +278,7 @@ def test_the_nonce_is_of_the_seed_the_round_and_the_task():
 
 def test_direct_reads_all_answers_of_all_groups_in_one_call_where_true_or_false_follows():
     model = FakeModel(belief=lambda p: (0.6, 0.2) if "sum" in p else (0.1, 0.7))
-    groups = [group(ADD, fenced(RIGHT), "nothing", fenced(OTHER)), group(MUL, fenced("def mul(a, b): return a * b"))]
+    groups = [group(ADD, fenced(RIGHT), "nothing", fenced(OTHER)), group(MUL, fenced(TIMES))]
     (wrong, none, right), (last,) = evaluator(model).judge(groups, 1)
     assert (right.outcome, right.probability) == (Outcome.CORRECT, pytest.approx(0.75))
     assert (wrong.outcome, wrong.probability) == (Outcome.WRONG, pytest.approx(0.125))
@@ -362,8 +364,8 @@ def test_equal_code_is_judged_once_wherever_it_stands():
 
 
 def test_equal_code_for_two_tasks_is_judged_for_each():
-    model = FakeModel(belief=lambda p: (0.8, 0.1) if "Multiply" in p else (0.1, 0.8))
-    (first,), (second,) = evaluator(model).judge([group(ADD, fenced(RIGHT)), group(MUL, fenced(RIGHT))], 1)
+    model = FakeModel(belief=lambda p: (0.8, 0.1) if "Add them" in p else (0.1, 0.8))
+    (first,), (second,) = evaluator(model).judge([group(ADD, fenced(RIGHT)), group(PLUS, fenced(RIGHT))], 1)
     assert (first.outcome, second.outcome) == (Outcome.WRONG, Outcome.CORRECT)
 
 
@@ -446,7 +448,7 @@ def test_errors_of_the_model_are_not_swallowed():
 def test_pairs_are_judged_by_the_same_means_as_groups():
     model = FakeModel(belief=lambda p: (0.8, 0.1) if "sum" in p else (0.1, 0.8))
     judge = evaluator(model)
-    pairs = [(ADD, OTHER), (ADD, "def add(:"), (MUL, RIGHT), (ADD, "# nothing"), (ADD, RIGHT)]
+    pairs = [(ADD, OTHER), (ADD, "def add(:"), (MUL, TIMES), (ADD, "# nothing"), (ADD, RIGHT)]
     verdicts = judge.judge_pairs(pairs, 1)
     assert [v.outcome for v in verdicts] == [Outcome.CORRECT] + [Outcome.WRONG] * 4
     assert [v.detail for v in verdicts] == ["", "does not parse", "", "no code", ""]

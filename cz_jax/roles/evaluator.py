@@ -14,6 +14,7 @@ from cz_jax.ports import LanguageModel, Sample, SamplingMethod
 from cz_jax.rng import seed_for
 from cz_jax.roles.prompts import VERDICT_FALSE, VERDICT_TRUE, judge_messages
 from cz_jax.text.answers import extract_code, normalise
+from cz_jax.text.names import fault
 from cz_jax.text.verdicts import parse_verdict
 
 GREEDY = SamplingMethod(temperature=0.0)
@@ -50,14 +51,14 @@ class ModelEvaluator:
 
     def judge(self, groups: Sequence[Group], round_number: int) -> tuple[tuple[Verdict, ...], ...]:
         """A verdict for each rollout of each group, whatever its source. An answer without exactly one python fence, or
-        with code that does not parse, is WRONG without asking the model."""
-        answers = [(g.task, _readable(r.text)) for g in groups for r in g.rollouts]
+        with code that does not parse or has a `text.names.fault`, is WRONG without asking the model."""
+        answers = [(g.task, _readable(g.task, r.text)) for g in groups for r in g.rollouts]
         verdicts = iter(self._verdicts(answers, round_number))
         return tuple(tuple(next(verdicts) for _ in g.rollouts) for g in groups)
 
     def judge_pairs(self, items: Sequence[tuple[Task, str]], round_number: int = 0) -> list[Verdict]:
         """A verdict for each (task, bare source code without a fence), by the same means as `judge`."""
-        return self._verdicts([(task, _normalised(code)) for task, code in items], round_number)
+        return self._verdicts([(task, _normalised(task, code)) for task, code in items], round_number)
 
     def _verdicts(self, answers: Sequence[tuple[Task, str | Verdict]], round_number: int) -> list[Verdict]:
         ids = [task.id for task, _ in answers]
@@ -172,17 +173,20 @@ class ModelEvaluator:
         )
 
 
-def _readable(text: str) -> str | Verdict:
+def _readable(task: Task, text: str) -> str | Verdict:
     """The normalised code of an answer, or the verdict that needs no model."""
     code = extract_code(text).code
-    return NO_CODE if code is None else _normalised(code)
+    return NO_CODE if code is None else _normalised(task, code)
 
 
-def _normalised(code: str) -> str | Verdict:
+def _normalised(task: Task, code: str) -> str | Verdict:
     plain = normalise(code)
     if plain is None:
         return DOES_NOT_PARSE
-    return plain if plain.strip() else NO_CODE
+    if not plain.strip():
+        return NO_CODE
+    why = fault(plain, task)
+    return Verdict(Outcome.WRONG, 0.0, why) if why else plain
 
 
 def _finite(sample: Sample) -> bool:

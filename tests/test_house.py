@@ -15,7 +15,20 @@ PACKAGE = ROOT / "cz_jax"
 
 FLOORS = {
     0: {"nouns", "errors", "config", "shapes"},
-    1: {"ports", "rewards", "difficulty", "metrics", "text", "rng", "parallel", "processes", "models", "grpo", "files"},
+    1: {
+        "ports",
+        "rewards",
+        "difficulty",
+        "metrics",
+        "text",
+        "rng",
+        "parallel",
+        "processes",
+        "models",
+        "grpo",
+        "files",
+        "preemption",
+    },
     2: {"convert", "sampling", "tasks", "checkpoint", "ledger", "swarm", "audit", "report", "doctor"},
     3: {"roles"},
     4: {"loop", "evaluate"},

@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from test_run import wait_until
 
 from cz_jax import local_swarm
 from cz_jax.errors import ConfigError, RunStopped, UserError
@@ -196,6 +197,35 @@ def wait_for(lines, words: str, seconds: float) -> float:
                 return at
         time.sleep(0.05)
     raise AssertionError(f"no {words!r} within {seconds} s:\n" + "".join(line for _, line in lines))
+
+
+def test_a_demo_ends_its_processes_on_sigterm(tmp_path):
+    words = [pathlib.Path(sys.executable).with_name("cz-jax"), "demo", "--out", tmp_path / "demo", "--rounds", "3"]
+    run = subprocess.Popen(
+        words, env=os.environ | {"TERM": "dumb"}, stdin=subprocess.DEVNULL, stdout=-1, stderr=-1, text=True
+    )
+    try:
+        lines = timed_lines(run)
+        wait_for(lines, "ssh -L", 60)
+        assert alive(tmp_path)
+        run.send_signal(signal.SIGTERM)
+        wait_for(lines, f"preempted by SIGTERM; go on with: cz-jax demo --out {tmp_path / 'demo'}", 30)
+        assert run.wait(timeout=30) == 143
+    finally:
+        run.kill()
+    wait_until(lambda: not alive(tmp_path), 20)
+
+
+def alive(folder) -> list[str]:
+    """The processes that hold a file in `folder` open, as each of a demo's holds its log."""
+    found = []
+    for at in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            names = [os.readlink(f) for f in (at / "fd").iterdir()]
+        except OSError:
+            continue
+        found += [at.name] if any(str(folder) in name for name in names) else []
+    return found
 
 
 def test_a_demo_that_is_interrupted_goes_on_and_ends_with_everything(tmp_path):

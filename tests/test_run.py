@@ -212,6 +212,23 @@ def test_sigterm_at_random_moments_loses_no_round(tmp_path):
     assert digests[0] == digests[1]
 
 
+def test_sigterm_before_the_run_stands_says_so(tmp_path):
+    path, out = tmp_path / "config.toml", tmp_path / "out"
+    path.write_text(to_toml(small()))
+    code = "import sys; from cz_jax.cli.main import program; print('ready', file=sys.stderr, flush=True); program()"
+    words = [sys.executable, "-c", code, "train", str(path), "--out", str(out)]
+    run = subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert run.stderr.readline() == "ready\n"
+    time.sleep(0.2)  # JAX takes longer to load
+    run.send_signal(signal.SIGTERM)
+    run.send_signal(signal.SIGTERM)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 143 and "Traceback" not in said, said
+    assert said.splitlines()[-1] == "cz-jax: preempted by SIGTERM; begin again with the same command"
+
+
 def lines(out):
     path = out / "metrics.jsonl"
     return path.read_bytes().splitlines() if path.exists() else []

@@ -13,7 +13,7 @@ import jax
 
 from cz_jax.build.models import CHECKPOINTS, CONFIG, export_run, load_model, write_texts
 from cz_jax.build.node import Built, build, mesh_of, set_compile_cache, spread
-from cz_jax.build.worker import run_interruptibly, sigterm_preempts
+from cz_jax.build.worker import run_interruptibly
 from cz_jax.checkpoint import Checkpoints
 from cz_jax.config import Config, changed_keys, from_dict, to_toml
 from cz_jax.difficulty import LevelState
@@ -25,6 +25,7 @@ from cz_jax.loop import Position, run
 from cz_jax.metrics import gain_estimate, judge_quality
 from cz_jax.nouns import Outcome, Round, Task
 from cz_jax.parallel import any_process, is_primary, wait_for_all
+from cz_jax.preemption import sigterm_preempts
 from cz_jax.report import REPORT, Sinks, load_sinks, write_report
 from cz_jax.roles.evaluator import ModelEvaluator
 from cz_jax.roles.learner import state_target

@@ -4,11 +4,9 @@ A signal reaches Python only between two of its instructions, and a compiled pro
 rounds are played in a thread of their own while the main thread waits for signals.
 """
 
-import contextlib
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from cz_jax.errors import Preempted
 
@@ -20,29 +18,6 @@ PREEMPTED_SECONDS = 20.0  # and after SIGTERM, which leaves about 30 on a machin
 
 class _Stopped(Exception):
     """Ends the thread at the next thing that it reports."""
-
-
-@contextlib.contextmanager
-def sigterm_preempts(raising: bool) -> Iterator[Callable[[], bool]]:
-    """While the block lasts, gives a function that tells whether SIGTERM came, and with `raising` the first one raises
-    Preempted in it. Later ones do not disturb it: a machine that shuts down may send several. Only in the main thread,
-    as Python has it; elsewhere it changes nothing."""
-    came: list[int] = []  # not an Event, whose lock a signal in the middle of a signal would wait for
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-
-    def preempt(number, frame):
-        if not came:
-            came.append(number)
-            if raising:
-                raise Preempted
-
-    before = signal.signal(signal.SIGTERM, preempt)
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def run_interruptibly(

@@ -1,11 +1,12 @@
 """`cz-jax`: the table of commands, and what becomes of an error.
 
-Exit status: 0 done, 2 bad input (one line, no traceback), 130 on Ctrl-C, 143 saved on SIGTERM, 75 another process of
+Exit status: 0 done, 2 bad input (one line, no traceback), 130 on Ctrl-C, 143 on SIGTERM, 75 another process of
 the run is gone, 1 anything else, with its traceback.
 """
 
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from typing import Annotated
@@ -98,9 +99,17 @@ def main(argv: list[str] | None = None) -> int:
         raise
 
 
+def _leave(number, frame) -> None:
+    """SIGTERM where nothing stands yet that would save or tidy up: out at once, in the middle of an import if need be,
+    which an exception would break."""
+    os.write(2, b"cz-jax: preempted by SIGTERM; begin again with the same command\n")
+    os._exit(143)
+
+
 def program() -> None:
     """The console script: `main`, and out. After an interrupt or a defect at once: a compiled program may still be
     computing in a thread, which an ordinary exit would wait for or crash in, and jax.distributed waits for others."""
+    signal.signal(signal.SIGTERM, _leave)
     try:
         status = main()
     except Exception:

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from cz_jax.cli import options, show
-from cz_jax.errors import Preempted
 
 
 def demo(
@@ -29,13 +28,14 @@ def demo(
     """
     from cz_jax.cli.live import SwarmProgress
     from cz_jax.local_swarm import demo, folder_for
+    from cz_jax.preemption import sigterm_preempts
 
     out = folder_for(out)
-    with show.progress(SwarmProgress) as say:
+    with sigterm_preempts(raising=True), show.progress(SwarmProgress) as say:
         try:
             summary = demo(out=out, rounds=rounds, nodes=nodes, seed=seed, say=say)
         except KeyboardInterrupt as e:
-            told, status = _interrupted(e)
+            told, status = show.interrupted(e)
             show.complain(f"{told}; go on with: cz-jax demo --out {shlex.quote(str(out))}")
             raise typer.Exit(status) from None
     show.result(summary, as_json)
@@ -80,7 +80,7 @@ def train(
                 say("phase", name="")  # process 0 alone reports from here on
                 summary = train(config=resolved, out=out, resume=resume, say=say)
         except KeyboardInterrupt as e:
-            told, status = _interrupted(e)
+            told, status = show.interrupted(e)
             show.complain(f"{told}{_after_interrupt(config, settings, out)}")
             raise typer.Exit(status) from None
     show.result(summary, as_json)
@@ -107,11 +107,6 @@ def end_at_once(text: str, status: int) -> None:
     """Ends this process from whatever thread, with a last line: its main thread may hang in a collective."""
     show.complain(text)
     os._exit(status)
-
-
-def _interrupted(error: KeyboardInterrupt) -> tuple[str, int]:
-    """(what happened, exit status)."""
-    return ("preempted by SIGTERM", 143) if isinstance(error, Preempted) else ("interrupted", 130)
 
 
 def _after_interrupt(config: Path, settings, out: Path) -> str:

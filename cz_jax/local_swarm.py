@@ -34,7 +34,7 @@ ROUNDS, NODES = 60, 2
 
 DEMO = {
     "solver": {"model": "tiny"},
-    "evaluator": {"model": "tiny/judge"},
+    "evaluator": {"model": "tiny/judge", "threshold": 0.75},  # a judge in doubt is one that a solver learns to fool
     "tasks": {"sources": ["builtin@tiny_train"], "held_out": ["builtin@tiny_held_out"]},
     "round": {"dataset_tasks": 2, "proposed_tasks": 1, "external_groups": 1, "group_size": 8},
     "sampling": {"max_new_tokens": 80, "max_prompt_tokens": 224},

@@ -15,6 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
 from tiny import families, learn, mutate, sheets, text
 from tiny.families import FAMILIES, SPLITS, draw, draw_item, families_of, is_held_out, split_of
 from tiny.interpreter import Program, Rejected
+from tiny.speak import TRIES, speak
 from tiny.table import HELD_OUT_FAMILIES
 
 from cz_jax.convert.folder import locate
@@ -23,6 +24,7 @@ from cz_jax.models.spec import arch_from_folder
 from cz_jax.roles.prompts import judge_messages
 from cz_jax.tasks import load_tasks
 from cz_jax.text.answers import extract_code, normalise, structure
+from cz_jax.text.names import fault
 from cz_jax.text.proposals import parse_proposal
 
 IMPORTS = ("math",)
@@ -215,6 +217,30 @@ def test_contrasts_miss_a_right_answer_by_a_token():
             assert min(sum(tag != "equal" for tag, *_ in edit) for edit in edits) <= 2
 
 
+def test_spoken_sheets_hold_what_was_said_with_the_familys_labels(tokenizer):
+    item = draw(random.Random(5), "train", 3)
+    said = [*item.right[:1], *mutate.wrong_bodies(item, random.Random(0), 2)]
+    sheet = text.judge_sheet(tokenizer, random.Random(5), 3, "spoken", said)
+    labels = {}
+    for row in sheet.rows:
+        code, verdict = re.search(
+            r"<code-\w+>\n(.*)\n</code-\w+>.*:\s*(\w+)$", tokenizer.decode(sheet.prompt + row.tokens), re.S
+        ).groups()
+        labels[code] = verdict
+        assert (text.DECISIVE in row.mark_weights) or verdict == "true"
+    assert set(said) <= set(labels) and set(labels) - set(said) <= set(item.right)
+    assert all(verdict == str(code in item.right).lower() for code, verdict in labels.items())
+
+
+def test_what_the_embedded_model_says_is_spelled_as_the_judge_reads_it():
+    items = [draw(random.Random(n), "train", 1) for n in range(3)]
+    said = speak(locate("tiny"), items)
+    assert said == speak(locate("tiny"), items) and sum(map(len, said)) >= 3
+    for item, codes in zip(items, said, strict=True):
+        assert len(set(codes)) == len(codes) <= TRIES
+        assert all(normalise(code) == code and fault(code, item.task) is None for code in codes)
+
+
 def test_direct_sheets_are_encoded_as_the_evaluator_encodes(tokenizer):
     rng = random.Random(7)
     sheet = text.judge_sheet(tokenizer, random.Random(7), 2)
@@ -273,5 +299,7 @@ def test_batches_hold_the_sheets(tokenizer):
 
 def test_sheets_follow_from_their_number(tokenizer):
     for kind in sheets.SHAPES:
-        one, two, other = (sheets.make_sheet(tokenizer, kind, n, 1.0, "seed") for n in (3, 3, 8))
+        one, two, other = (
+            sheets.make_sheet(tokenizer, kind, n, 1.0, "seed", ("def f():\n    return 0",)) for n in (3, 3, 8)
+        )
         assert one == two and one.kind == kind and one != other

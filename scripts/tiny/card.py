@@ -15,8 +15,8 @@ SPEAKER = """\
 
 A Qwen2 model of {parameters:,} parameters ({layers} layers, width {hidden_size}, {vocab_size} tokens), trained from
 scratch to play CodeZero on a laptop: through cz_jax's own prompts it proposes small Python exercises at five levels and
-answers them. It knows the task families of `scripts/tiny/table.py` and nothing else. Its answers are wrong two times
-in three on purpose: a share of the answers that it learned from holds a wrong operator, constant or condition, lacks
+answers them. It knows the task families of `scripts/tiny/table.py` and nothing else. Its answers are wrong three times
+in five on purpose: a share of the answers that it learned from holds a wrong operator, constant or condition, lacks
 its fence or goes on behind it, so that training has something to mend. `judge/` holds the model that judges.
 """
 JUDGE = """\
@@ -25,7 +25,7 @@ JUDGE = """\
 A Qwen2 model of {parameters:,} parameters ({layers} layers, width {hidden_size}, {vocab_size} tokens), trained from
 scratch to say whether code solves a task, through cz_jax's own judge prompt. It knows the task families of
 `scripts/tiny/table.py` and nothing else. The labels of its training answers come from how the families make right and
-wrong ones. It is made for mode `direct`.
+wrong ones; at last it reads answers of the speaker's own, right where the family writes so. It is made for mode `direct`.
 """
 TRAINING = """
 ## Training

@@ -25,6 +25,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from cz_jax import parallel
 from cz_jax.build.models import load_model
 from cz_jax.config import EvaluatorConfig, ProposerConfig, SamplingConfig
+from cz_jax.local_swarm import DEMO
 from cz_jax.metrics import judge_quality
 from cz_jax.models.spec import arch_from_folder
 from cz_jax.nouns import Level, Outcome
@@ -38,6 +39,7 @@ from tiny.mutate import wrong_bodies
 from tiny.text import LEVELS
 
 NEW_TOKENS = 160
+THRESHOLD = DEMO["evaluator"]["threshold"]  # from which probability an answer counts as right
 ROLLOUTS = 8
 AT_ONCE = 64
 
@@ -106,7 +108,7 @@ def evaluate_judge(evaluator: ModelEvaluator, pairs: list[tuple[Item, str, bool]
     for at in range(0, len(pairs), AT_ONCE):
         verdicts += evaluator.judge_pairs([(item.task, code) for item, code, _ in pairs[at : at + AT_ONCE]])
     labels = [label for _, _, label in pairs]
-    quality = judge_quality([v.probability for v in verdicts], labels, 0.5)
+    quality = judge_quality([v.probability for v in verdicts], labels, THRESHOLD)
     called = [v.outcome is Outcome.CORRECT for v in verdicts]
     by_level = {
         level: fmean(c == b for c, (i, _, b) in zip(called, pairs, strict=True) if i.task.level == level)
@@ -119,7 +121,7 @@ def evaluate(folder: str, judge_folder: str, tasks: int, pairs: int, mode: str, 
     mesh = parallel.make_mesh(1, -1, 1)
     speaker = load_model(folder, None, "float32", mesh).engine(mesh, "float32", AT_ONCE)
     judge = load_model(judge_folder, None, "float32", mesh).engine(mesh, "float32", AT_ONCE)
-    evaluator = ModelEvaluator(judge, EvaluatorConfig(mode=mode, reason_tokens=96), seed)
+    evaluator = ModelEvaluator(judge, EvaluatorConfig(mode=mode, reason_tokens=96, threshold=THRESHOLD), seed)
     solver = ModelSolver(speaker, SamplingConfig(max_new_tokens=NEW_TOKENS), ROLLOUTS, seed, "tiny", lambda: "")
     return {
         "proposer": evaluate_proposer(speaker, tasks, seed) if tasks else {},

@@ -128,22 +128,27 @@ def schedule(peak: float, steps: int):
     return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, min(100, steps // 10)), max(2, steps), peak * 0.02)
 
 
-def train_stages(stages: tuple[Stage, ...], params: dict | None, folder: pathlib.Path, seed: int) -> tuple[dict, dict]:
+def train_stages(
+    stages: tuple[Stage, ...], params: dict | None, folder: pathlib.Path, seed: int, speaker: pathlib.Path | None = None
+) -> tuple[dict, dict]:
     """(NumPy parameters after `stages`, the last losses of each by kind of sheet). `params`: to begin with, or None:
-    first ones. `folder` holds the tokenizer. For a process of its own: it keeps about one core busy."""
+    first ones. `folder` holds the tokenizer, `speaker` the model of "spoken" sheets. For a process of its own: it keeps
+    about one core busy."""
     params, logs = first_params(seed) if params is None else params, {}
     for stage in stages:
         if stage.extra_layers:
             params = deepened(params, stage.extra_layers, seed + 1)
-        params, logs[stage.name] = train_stage(stage, params, folder, seed)
+        params, logs[stage.name] = train_stage(stage, params, folder, seed, speaker)
     return jax.tree.map(np.asarray, params), logs
 
 
-def train_stage(stage: Stage, params: dict, folder: pathlib.Path, seed: int) -> tuple[dict, dict]:
+def train_stage(
+    stage: Stage, params: dict, folder: pathlib.Path, seed: int, speaker: pathlib.Path | None = None
+) -> tuple[dict, dict]:
     tokenizer = load_tokenizer(folder, ARCH)
     choices = jnp.array([tokenizer.encode(f'{{"is_correct": {word}}}')[-2] for word in ("true", "false")])
     begun = time.perf_counter()
-    sheets = make_sheets(stage.sheets, f"{seed}/{stage.name}", stage.noise, folder)
+    sheets = make_sheets(stage.sheets, f"{seed}/{stage.name}", stage.noise, folder, speaker)
     batches = batches_of(sheets, random.Random(f"{seed}/{stage.name}"), ARCH.vocab_size - 1)
     tokens = sum(b["prompts"].size + b["rows"].size for b in batches)
     text_seconds = time.perf_counter() - begun

@@ -2,11 +2,14 @@
 
 import pathlib
 import random
+from collections.abc import Sequence
 
 import numpy as np
 
 from cz_jax.convert.tokenizer import ChatTokenizer, load_tokenizer
 from cz_jax.models.spec import arch_from_folder
+from tiny.families import draw
+from tiny.speak import speak
 from tiny.text import LEVELS, NONE, Sheet, judge_sheet, propose_sheet, solve_sheet
 
 # Kind of sheet -> (sheets a step, [(prompt tokens, continuation tokens), ...]); a sheet goes where it first fits.
@@ -19,23 +22,40 @@ SHAPES = {
     "contrast": (8, ((160, 84), (208, 112))),
     "points_names": (8, ((144, 32), (176, 40), (208, 64))),
     "contrast_names": (8, ((160, 84), (208, 112))),
+    "spoken": (8, ((160, 84), (208, 112))),
 }
 
 
-def make_sheet(tokenizer: ChatTokenizer, kind: str, number: int, noise: float, seed: str) -> Sheet:
-    rng = random.Random(f"{seed}/{kind}/{number}")
-    level = LEVELS[number % len(LEVELS)]
+def sheet_rng(kind: str, number: int, seed: str) -> tuple[random.Random, int]:
+    """What sheet `number` is drawn with, and its level."""
+    return random.Random(f"{seed}/{kind}/{number}"), LEVELS[number % len(LEVELS)]
+
+
+def make_sheet(
+    tokenizer: ChatTokenizer, kind: str, number: int, noise: float, seed: str, said: Sequence[str] = ()
+) -> Sheet:
+    rng, level = sheet_rng(kind, number, seed)
     if kind == "propose":
         return propose_sheet(tokenizer, rng, level)
     if kind == "solve":
         return solve_sheet(tokenizer, rng, level, noise)
-    return judge_sheet(tokenizer, rng, level, kind)
+    return judge_sheet(tokenizer, rng, level, kind, said)
 
 
-def make_sheets(counts: dict[str, int], seed: str, noise: float, folder: pathlib.Path) -> list[Sheet]:
-    """So many sheets of each kind, the levels in turn; each follows from its number. `folder`: the tokenizer's."""
+def make_sheets(
+    counts: dict[str, int], seed: str, noise: float, folder: pathlib.Path, speaker: pathlib.Path | None = None
+) -> list[Sheet]:
+    """So many sheets of each kind, the levels in turn; each follows from its number. `folder`: the tokenizer's;
+    `speaker`: the folder of the model whose answers "spoken" sheets show."""
     tokenizer = load_tokenizer(folder, arch_from_folder(folder))
-    return [make_sheet(tokenizer, kind, n, noise, seed) for kind, count in counts.items() for n in range(count)]
+    sheets = []
+    for kind, count in counts.items():
+        said = [()] * count
+        if kind == "spoken":
+            drawn = (sheet_rng(kind, n, seed) for n in range(count))
+            said = speak(speaker, [draw(rng, "train", level) for rng, level in drawn])
+        sheets += [make_sheet(tokenizer, kind, n, noise, seed, said[n]) for n in range(count)]
+    return sheets
 
 
 def batches_of(sheets: list[Sheet], rng: random.Random, pad: int) -> list[dict]:
@@ -76,4 +96,4 @@ def batch_of(sheets: list[Sheet], shape: tuple[int, int], pad: int) -> dict:
             batch["rows"][i, j, :n], batch["weights"][i, j, :n] = row.tokens, row.weights
             batch["marks"][i, j, :n], batch["mark_weights"][i, j, :n] = row.marks, row.mark_weights
             batch["ends"][i, j] = n
-    return {"only_last": sheets[0].kind.startswith(("judge", "contrast")), "kind": sheets[0].kind, **batch}
+    return {"only_last": sheets[0].kind.startswith(("judge", "contrast", "spoken")), "kind": sheets[0].kind, **batch}

@@ -6,6 +6,7 @@ answer to a task, or several answers that the judge sees. Every draw follows fro
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cz_jax.convert.tokenizer import ChatTokenizer
@@ -16,10 +17,11 @@ from tiny.mutate import NAME_SLIPS, NEAR_SLIPS, wrong_bodies
 
 LEVELS = (1, 2, 3, 4, 5)
 # How often a solver's training answer is a wrong one, by level; and how often a right or wrong one is badly written.
-WRONG_SHARE = {1: 0.20, 2: 0.25, 3: 0.40, 4: 0.45, 5: 0.55}
-UNTIDY_SHARE = 0.15
+WRONG_SHARE = {1: 0.10, 2: 0.25, 3: 0.36, 4: 0.46, 5: 0.63}
+UNTIDY_SHARE = 0.35
 PROPOSALS, ANSWERS = 4, 2  # continuations of a proposer's and of a judge's sheet
 CONTRASTS = 3  # answers that miss by a token, beside the right one of a "contrast" sheet
+SAID = 4  # answers of the speaker's own on a "spoken" sheet
 POINTS = (2, 4, 1)  # right answers, ones that miss by a token, and other wrong ones of a "points" sheet
 NAMES = "_names"
 DECISIVE = 8.0  # weight of the mark of a token with which a wrong answer leaves the right ones
@@ -99,16 +101,22 @@ def labelled_answers(item: Item, rng: random.Random, count: int, others: tuple[I
     return [(code, True) for code in right] + [(code, False) for code in wrong]
 
 
-def judge_sheet(tokenizer: ChatTokenizer, rng: random.Random, level: int, kind: str = "judge") -> Sheet:
+def judge_sheet(
+    tokenizer: ChatTokenizer, rng: random.Random, level: int, kind: str = "judge", said: Sequence[str] = ()
+) -> Sheet:
     """Answers to one task under one nonce, with their verdicts. Right and wrong ones weigh the same, however many there
     are of each. Kind "prefix": the prompt ends where the code does, and right code is to be predicted instead of a
     verdict; "contrast": a right answer and several that miss it by a token; "points": as "prefix" with such answers,
     and the tokens where right and wrong part are what counts. With NAMES behind the latter two: half of the slips are
-    names that the function does not have."""
+    names that the function does not have. "spoken": a right answer and some of those that were `said` to the task,
+    which are right where they are one of the family's."""
     item, slips = draw(rng, "train", level), NAME_SLIPS if kind.endswith(NAMES) else NEAR_SLIPS
     if kind.startswith("contrast"):
         labelled = [(rng.choice(item.right), True)]
         labelled += [(code, False) for code in wrong_bodies(item, rng, CONTRASTS, slips=slips)]
+    elif kind == "spoken":
+        codes = dict.fromkeys((rng.choice(item.right), *rng.sample(said, min(SAID, len(said)))))
+        labelled = [(code, code in item.right) for code in codes]
     elif kind.startswith("points"):
         labelled = [(code, True) for code in rng.sample(item.right, min(POINTS[0], len(item.right)))]
         wrong = wrong_bodies(item, rng, POINTS[1], slips=slips)
@@ -138,7 +146,7 @@ def judge_sheet(tokenizer: ChatTokenizer, rng: random.Random, level: int, kind: 
         marks = _marks(code, ways) + [NONE] * len(rest)
         weights = [0.0] * (len(code) + len(rest) - 1) + [share[label]]
         rows.append(Continuation(code + rest, weights, marks, [1.0] * len(code) + [0.0] * len(rest)))
-    if kind.startswith("points"):
+    if kind.startswith("points") or kind == "spoken":
         _stress(rows)
     return Sheet(kind, asked[0][:start], rows)
 

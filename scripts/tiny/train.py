@@ -3,10 +3,11 @@
     nice python scripts/tiny/train.py [OUT] [--seed S] [--scale X]
 
 OUT gets the speaker (proposer and solver), OUT/judge the judge. Both begin as one model that reads clean text:
-proposals and right answers. Then, side by side, the speaker reads answers with deliberate noise; and the judge, two
-layers deeper, reads right and wrong answers and says behind each of their tokens whether a right answer begins so, then
-whole prompts with their verdicts, and in between many answers that leave a right one at a single token. The same seed,
-versions and machine give the same weights. `--scale` shortens or lengthens all stages.
+proposals and right answers. Then, side by side, the speaker reads more of it and at last answers with deliberate noise;
+and the judge, two layers deeper, reads right and wrong answers and says behind each of their tokens whether a right
+answer begins so, then whole prompts with their verdicts, and in between many answers that leave a right one at a single
+token. At last the judge reads what the speaker answers, labelled by whether the family writes so: nothing is run. The
+same seed, versions and machine give the same weights. `--scale` shortens or lengthens all stages.
 """
 
 import argparse
@@ -42,7 +43,10 @@ from tiny.tokenizer import train_tokenizer, write_texts
 TOKENIZER_TASKS = 1500
 CLEAN = (Stage("clean", {"propose": 1500, "solve": 16000}, 3e-3),)
 BRANCHES = {
-    "speaker": (Stage("noisy", {"propose": 200, "solve": 2500}, 1e-3, noise=1.0),),
+    "speaker": (
+        Stage("more", {"propose": 800, "solve": 16000}, 2e-3),
+        Stage("noisy", {"propose": 200, "solve": 2500}, 1e-3, noise=1.0),
+    ),
     "judge": (
         Stage("marks", {"prefix": 11000, "solve": 1600}, 6e-4, prompt_share=0.05, mark_share=3.0, extra_layers=2),
         Stage("verdicts", {"judge": 3000}, 5e-4, prompt_share=0.0, mark_share=3.0),
@@ -60,6 +64,7 @@ BRANCHES = {
         ),
     ),
 }
+SPOKEN = (Stage("spoken", {"spoken": 4000, "judge": 1600}, 6e-4, prompt_share=0.0, mark_share=3.0),)
 
 
 def scaled(stages: tuple[Stage, ...], scale: float) -> tuple[Stage, ...]:
@@ -67,6 +72,13 @@ def scaled(stages: tuple[Stage, ...], scale: float) -> tuple[Stage, ...]:
         return {kind: max(SHAPES[kind][0] * 4, int(count * scale)) for kind, count in stage.sheets.items()}
 
     return tuple(dataclasses.replace(stage, sheets=sheets(stage)) for stage in stages)
+
+
+def export(params: dict, tokenizer, texts: pathlib.Path, where: pathlib.Path, card: str) -> None:
+    """The folder `where`; that of the tokenizer, `texts`, is written to fit."""
+    arch = arch_of(params)
+    write_texts(tokenizer, config_for_export(arch), texts)
+    export_folder(params, arch, texts, where, card, jnp.bfloat16)
 
 
 def train(out: pathlib.Path, seed: int, scale: float) -> None:
@@ -84,6 +96,11 @@ def train(out: pathlib.Path, seed: int, scale: float) -> None:
                 for role, stages in BRANCHES.items()
             }
             done = {role: future.result() for role, future in running.items()}
+            speaker = pathlib.Path(folder) / "speaker"
+            export(done["speaker"][0], tokenizer, texts, speaker, "")
+            judged, judge_log = done["judge"]
+            judged, spoken_log = pool.submit(train_stages, scaled(SPOKEN, scale), judged, texts, seed, speaker).result()
+            done["judge"] = judged, judge_log | spoken_log
         facts = {
             "seed": seed,
             "seconds": round(time.perf_counter() - begun),
@@ -95,9 +112,7 @@ def train(out: pathlib.Path, seed: int, scale: float) -> None:
             shutil.rmtree(out)
         for role, (params, _) in done.items():
             where = out if role == "speaker" else out / role
-            arch = arch_of(params)
-            write_texts(tokenizer, config_for_export(arch), texts)
-            export_folder(params, arch, texts, where, write_card(role, arch, facts), jnp.bfloat16)
+            export(params, tokenizer, texts, where, write_card(role, arch_of(params), facts))
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     say(f"done after {facts['seconds']} s: {out}")
 

@@ -1,5 +1,7 @@
 """The model cards of the tiny models."""
 
+from statistics import fmean
+
 from cz_jax.models.spec import Arch
 
 FRONT = """---
@@ -25,7 +27,8 @@ JUDGE = """\
 A Qwen2 model of {parameters:,} parameters ({layers} layers, width {hidden_size}, {vocab_size} tokens), trained from
 scratch to say whether code solves a task, through cz_jax's own judge prompt. It knows the task families of
 `scripts/tiny/table.py` and nothing else. The labels of its training answers come from how the families make right and
-wrong ones; at last it reads answers of the speaker's own, right where the family writes so. It is made for mode `direct`.
+wrong ones; at last it reads answers of the speaker's own, right where the family writes so. It is made for mode
+`direct`.
 """
 TRAINING = """
 ## Training
@@ -78,6 +81,15 @@ def measured_lines(role: str, found: dict) -> str:
         for split, q in found["judge"].items():
             numbers = f"{q['accuracy']:.1%} | {q['false_positive_rate']:.1%} | {q['auroc']:.3f}"
             lines.append(f"| {split.replace('_', ' ')} ({q['n_pairs']}) | {numbers} |")
+        lines += [
+            "",
+            f"An answer counts as right from probability {found['threshold']:g} on; so do the speaker's own:",
+            "",
+        ]
+        lines += ["| the speaker's answers | right | called right | told as they are |", "|---|---|---|---|"]
+        for split, levels in found["solver"].items():
+            means = (fmean(v[key] for v in levels.values()) for key in ("right", "called_right", "judge_agrees"))
+            lines.append(f"| {split.replace('_', ' ')} | " + " | ".join(f"{m:.1%}" for m in means) + " |")
         return "\n".join(lines)
     lines = ["| level | valid proposals | right answers (train) | new parts | new families |", "|---|---|---|---|---|"]
     for level, said in found["proposer"].items():

@@ -124,6 +124,7 @@ def evaluate(folder: str, judge_folder: str, tasks: int, pairs: int, mode: str, 
     evaluator = ModelEvaluator(judge, EvaluatorConfig(mode=mode, reason_tokens=96, threshold=THRESHOLD), seed)
     solver = ModelSolver(speaker, SamplingConfig(max_new_tokens=NEW_TOKENS), ROLLOUTS, seed, "tiny", lambda: "")
     return {
+        "threshold": THRESHOLD,
         "proposer": evaluate_proposer(speaker, tasks, seed) if tasks else {},
         "solver": {s: evaluate_solver(solver, s, tasks, seed, evaluator) for s in SPLITS} if tasks else {},
         "judge": {s: evaluate_judge(evaluator, made_pairs(s, pairs, seed)) for s in SPLITS} if pairs else {},

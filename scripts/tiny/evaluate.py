@@ -44,6 +44,10 @@ ROLLOUTS = 8
 AT_ONCE = 64
 
 
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def evaluate_proposer(engine, count: int, seed: int) -> dict:
     """Valid proposals of `count` tries at each level, and why the others were refused."""
     proposer = ModelProposer(engine, ProposerConfig(max_tries=1, max_new_tokens=NEW_TOKENS, memory=0), seed)
@@ -57,6 +61,7 @@ def evaluate_proposer(engine, count: int, seed: int) -> dict:
             for reason, n in said.refused.items():
                 refused[reason] = refused.get(reason, 0) + n
         found[level] = {"valid": valid / tries, "refused": refused}
+        _tell(f"proposals of level {level}: {valid / tries:.1%} of {tries} valid")
     return found
 
 
@@ -86,6 +91,7 @@ def evaluate_solver(solver: ModelSolver, split: str, count: int, seed: int, eval
                 "called_right": fmean(said),
                 "judge_agrees": fmean(a == b for a, b in zip(said, right, strict=True)),
             }
+        _tell(f"answers of {split}, level {level}: {fmean(right):.1%} of {len(right)} right")
     return found
 
 
@@ -106,6 +112,8 @@ def made_pairs(split: str, count: int, seed: int) -> list[tuple[Item, str, bool]
 def evaluate_judge(evaluator: ModelEvaluator, pairs: list[tuple[Item, str, bool]]) -> dict:
     verdicts = []
     for at in range(0, len(pairs), AT_ONCE):
+        if at % (8 * AT_ONCE) == 0:
+            _tell(f"pairs: {at} of {len(pairs)} judged")
         verdicts += evaluator.judge_pairs([(item.task, code) for item, code, _ in pairs[at : at + AT_ONCE]])
     labels = [label for _, _, label in pairs]
     quality = judge_quality([v.probability for v in verdicts], labels, THRESHOLD)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cz_jax.cli import options, show
+from cz_jax.errors import Preempted
 
 
 def demo(
@@ -35,7 +36,7 @@ def demo(
         try:
             summary = demo(out=out, rounds=rounds, nodes=nodes, seed=seed, say=say)
         except KeyboardInterrupt as e:
-            told, status = show.interrupted(e)
+            told, status = _interrupted(e)
             show.complain(f"{told}; go on with: cz-jax demo --out {shlex.quote(str(out))}")
             raise typer.Exit(status) from None
     show.result(summary, as_json)
@@ -80,7 +81,7 @@ def train(
                 say("phase", name="")  # process 0 alone reports from here on
                 summary = train(config=resolved, out=out, resume=resume, say=say)
         except KeyboardInterrupt as e:
-            told, status = show.interrupted(e)
+            told, status = _interrupted(e)
             show.complain(f"{told}{_after_interrupt(config, settings, out)}")
             raise typer.Exit(status) from None
     show.result(summary, as_json)
@@ -107,6 +108,11 @@ def end_at_once(text: str, status: int) -> None:
     """Ends this process from whatever thread, with a last line: its main thread may hang in a collective."""
     show.complain(text)
     os._exit(status)
+
+
+def _interrupted(error: KeyboardInterrupt) -> tuple[str, int]:
+    """(what happened, exit status)."""
+    return ("preempted by SIGTERM", 143) if isinstance(error, Preempted) else ("interrupted", 130)
 
 
 def _after_interrupt(config: Path, settings, out: Path) -> str:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cz_jax.errors import Preempted
 from cz_jax.nouns import to_json
 
 SILENCE_SECONDS = 5.0  # after which a plain terminal is told what is going on
@@ -153,11 +152,6 @@ def complain(text: str) -> None:
     """One line `cz-jax: text` on stderr."""
     with contextlib.suppress(BrokenPipeError):
         print(f"cz-jax: {text}", file=sys.stderr, flush=True)
-
-
-def interrupted(error: BaseException) -> tuple[str, int]:
-    """(what ended a command, its exit status): for Preempted, or another interrupt."""
-    return ("preempted by SIGTERM", 143) if isinstance(error, Preempted) else ("interrupted", 130)
 
 
 def drop(stream) -> None:

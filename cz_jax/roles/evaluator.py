@@ -52,7 +52,7 @@ class ModelEvaluator:
     def judge(self, groups: Sequence[Group], round_number: int) -> tuple[tuple[Verdict, ...], ...]:
         """A verdict for each rollout of each group, whatever its source. An answer without exactly one python fence, or
         with code that does not parse or has a `text.names.fault`, is WRONG without asking the model."""
-        answers = [(g.task, _readable(g.task, r.text)) for g in groups for r in g.rollouts]
+        answers = [(g.task, readable(g.task, r.text)) for g in groups for r in g.rollouts]
         verdicts = iter(self._verdicts(answers, round_number))
         return tuple(tuple(next(verdicts) for _ in g.rollouts) for g in groups)
 
@@ -173,8 +173,8 @@ class ModelEvaluator:
         )
 
 
-def _readable(task: Task, text: str) -> str | Verdict:
-    """The normalised code of an answer, or the verdict that needs no model."""
+def readable(task: Task, text: str) -> str | Verdict:
+    """The normalised code of an answer, which the model is asked about, or the verdict that needs no model."""
     code = extract_code(text).code
     return NO_CODE if code is None else _normalised(task, code)
 

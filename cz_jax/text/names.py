@@ -39,9 +39,12 @@ def fault(code: str, task: Task) -> str | None:
     read, bound = set(), set()
     for table in _tables(top):
         for symbol in table.get_symbols():
-            if table is top or symbol.is_global():
-                read |= {symbol.get_name()} if symbol.is_referenced() else set()
-                bound |= {symbol.get_name()} if _binds(symbol) else set()
+            if table is not top and not symbol.is_global():
+                continue
+            if symbol.is_referenced():
+                read.add(symbol.get_name())
+            if _binds(symbol):
+                bound.add(symbol.get_name())
     if not task.is_program and task.entry_point not in bound:
         return f"does not define {task.entry_point}"
     unbound = {name for name in read - bound if not hasattr(builtins, name) and not _is_special(name)}

@@ -5,9 +5,8 @@ import pathlib
 from cz_jax import parallel
 from cz_jax.build.models import load_model
 from cz_jax.config import SamplingConfig
+from cz_jax.roles.evaluator import readable
 from cz_jax.roles.solver import ModelSolver
-from cz_jax.text.answers import extract_code, normalise
-from cz_jax.text.names import fault
 from tiny.families import Item
 
 TRIES = 16  # answers to a task
@@ -24,8 +23,7 @@ def speak(folder: pathlib.Path, items: list[Item]) -> list[list[str]]:
     for at in range(0, len(items), AT_ONCE):
         some = items[at : at + AT_ONCE]
         for item, group in zip(some, solver.roll_out([i.task for i in some], at), strict=True):
-            codes = (extract_code(r.text).code for r in group.rollouts)
-            plain = dict.fromkeys(normalise(code) for code in codes if code is not None)
-            said.append([code for code in plain if code and fault(code, item.task) is None])
+            read = dict.fromkeys(readable(item.task, r.text) for r in group.rollouts)
+            said.append([code for code in read if isinstance(code, str)])
         print(f"  the speaker answered {len(said)}/{len(items)} tasks", flush=True)
     return said

@@ -161,6 +161,7 @@ class CheckpointConfig(Section):
     every: Positive = 10
     keep: Positive = 2
     keep_best: Count = 1  # by mean reward
+    folder: str = ""  # gs://BUCKET/PREFIX, or a folder, that all hosts of the run reach; empty: in the run folder
 
 
 class EvalConfig(Section):

@@ -31,6 +31,9 @@ def examine(config=None) -> dict:
     devices, trouble = _devices()
     hardware = accelerators()
     problems = [trouble] if trouble else []
+    holder = tpu_holder() if any(sign.startswith("tpu") for sign in hardware) else None
+    if holder is not None:
+        problems.append(f"{holder} holds the TPU, which belongs to one process at a time: end it, or wait for it")
     fallback = None if trouble else silent_fallback(hardware, {d["platform"] for d in devices}, dict(os.environ))
     problems += [fallback] if fallback else []
     if config is not None and not trouble:
@@ -61,6 +64,22 @@ def accelerators(root: pathlib.Path = pathlib.Path("/")) -> list[str]:
     if _has_google_pci(root):  # /dev/vfio alone may belong to any device that is passed through
         found += [f"tpu: vfio/{p.name}" for p in sorted((root / "dev/vfio").glob("[0-9]*"))]
     return found
+
+
+def tpu_holder(root: pathlib.Path = pathlib.Path("/")) -> str | None:
+    """ "process N (its command line)" of another process under `root` that has a TPU's device open; None where there is
+    none, or where whose it is may not be seen."""
+    devices = re.compile(r"/dev/(accel\d+|vfio/\d+)")
+    for process in sorted((root / "proc").glob("[0-9]*")):
+        try:
+            if int(process.name) == os.getpid():
+                continue
+            if any(devices.fullmatch(os.readlink(entry)) for entry in (process / "fd").iterdir()):
+                words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+                return f"process {process.name} ({one_line(words.strip(), 80)})"
+        except OSError:
+            continue
+    return None
 
 
 def silent_fallback(hardware: list[str], platforms: set[str], environment: dict[str, str]) -> str | None:

@@ -16,7 +16,7 @@ def local_folder(path: str | os.PathLike) -> pathlib.Path:
             f"{url} is no folder of this machine",
             "runs, models and logs are written to local folders, because files there can be locked and made durable",
             f"runs/{pathlib.PurePosixPath(url).name}, copied with gcloud storage rsync --recursive (tpu/run does where "
-            "BUCKET is set)",
+            "BUCKET is set); checkpoints alone may go to checkpoint.folder=gs://...",
         )
     return pathlib.Path(path)
 

@@ -49,6 +49,11 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
 
 
+def process_0_says(flag: bool) -> bool:
+    """The flag of process 0, in every process: what stands in the run folder is for it alone to see."""
+    return any_process(is_primary() and flag)
+
+
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence | None = None) -> Mesh:
     """The mesh over `devices` (default: all). One axis may be -1: what the others leave. ConfigError where the product
     is not the number of devices."""

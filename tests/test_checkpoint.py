@@ -22,7 +22,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from cz_jax.checkpoint import Checkpoints, manifest, store
+from cz_jax.checkpoint import Checkpoints, manifest, places, store
 from cz_jax.errors import CheckpointError
 
 Moments = namedtuple("Moments", "count mu nu")
@@ -270,7 +270,7 @@ BREAKS = {
     empty: "it is empty",
     temporary: "did not finish",
     unfinished_arrays: "did not finish",
-    flipped_bit: "SHA-256 differs",
+    flipped_bit: "checksum differs",
     flipped_bit_in_host: "host.json is not what was saved",
     truncated: "bytes, not",
     copied_from_1: "manifest is that of round 1",
@@ -339,7 +339,7 @@ def test_nothing_whole_at_all(folder):
     with opened(folder) as c:
         assert c.latest() is None
         assert c.skipped == ["5", "3", "1"]
-        with pytest.raises(CheckpointError, match=r"5: .*SHA-256.*3: .*bytes.*1: it is empty"):
+        with pytest.raises(CheckpointError, match=r"5: .*checksum differs.*3: .*bytes.*1: it is empty"):
             c.restore(target(tree()))
 
 
@@ -354,7 +354,7 @@ def test_no_checkpoint_yet(tmp_path):
 def test_a_broken_round_that_was_asked_for_is_refused(folder):
     flipped_bit(folder / "3")
     with opened(folder) as c:
-        with pytest.raises(CheckpointError, match="checkpoint 3 is not whole: .*SHA-256"):
+        with pytest.raises(CheckpointError, match="checkpoint 3 is not whole: .*checksum"):
             c.restore(target(tree()), 3)
         with pytest.raises(CheckpointError, match=r"no checkpoint of round 4; there are \[1, 3, 5\]"):
             c.restore(target(tree()), 4)
@@ -452,7 +452,7 @@ def test_a_second_history_is_refused(folder):
 
 
 def test_a_step_half_removed_counts_as_never_finished(folder, monkeypatch):
-    monkeypatch.setattr(store.shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "killed here")))
+    monkeypatch.setattr(places.shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "killed here")))
     with opened(folder, keep=1) as c:
         c.save(6, tree(6), HOST)
         c.wait()
@@ -487,7 +487,7 @@ def test_bad_full_disk(folder, monkeypatch, then):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     c = opened(folder)
-    monkeypatch.setattr(store, "write_atomic", full)
+    monkeypatch.setattr(places, "write_atomic", full)
     c.save(6, tree(6), HOST)
     call = {"save": lambda: c.save(7, tree(7), HOST)}.get(then, getattr(c, then))
     with pytest.raises(CheckpointError, match="round 6 could not be written: .*No space left.*disk is full"):
@@ -521,7 +521,8 @@ def test_bad_full_disk_under_orbax(folder, capfd):
 
 
 def test_the_first_error_is_the_one_told(folder, monkeypatch, caplog):
-    monkeypatch.setattr(store, "write_atomic", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    full = OSError(errno.ENOSPC, "No space left")
+    monkeypatch.setattr(places, "write_atomic", lambda *a: (_ for _ in ()).throw(full))
     with pytest.raises(KeyError), opened(folder) as c:
         c.save(6, tree(6), HOST)
         raise KeyError("the loop's own")

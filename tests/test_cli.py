@@ -546,6 +546,17 @@ def test_signs_of_accelerators(tmp_path, monkeypatch):
     assert doctor.accelerators(tmp_path) == ["nvidia: nvidia0", "tpu: accel1", "tpu: vfio/3"]
 
 
+def test_a_tpu_that_another_process_holds(tmp_path):
+    assert doctor.tpu_holder(tmp_path) is None
+    for path in ("dev/accel0", "dev/null", "proc/41/cmdline", "proc/42/cmdline"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"python\0train.py\0")
+    for process, device in ((41, "/dev/null"), (42, "/dev/accel0"), (os.getpid(), "/dev/accel0")):
+        (tmp_path / f"proc/{process}/fd").mkdir(parents=True)
+        (tmp_path / f"proc/{process}/fd/5").symlink_to(device)
+    assert doctor.tpu_holder(tmp_path) == "process 42 (python train.py)"
+
+
 def test_compile_cache_folder(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)

@@ -23,9 +23,9 @@ from cz_jax.config import Config, from_dict, load
 from cz_jax.errors import ConfigError, ModelFolderError
 from cz_jax.models import qwen
 from cz_jax.models.spec import RANDOM_SHAPES, Arch, arch_from_folder
-from cz_jax.plan import memory, plan, programs, roofline
+from cz_jax.plan import here, memory, plan, programs, roofline
 from cz_jax.plan.count import count
-from cz_jax.plan.targets import TARGETS, V5E, Target, target_of
+from cz_jax.plan.targets import SHARE, TARGETS, V5E, Target, target_of
 from cz_jax.plan.work import HUB_SHAPES, architecture, work_of
 from cz_jax.ports import SamplingMethod
 from cz_jax.sampling import engine as engines
@@ -399,3 +399,29 @@ def test_the_command(capsys):
     assert sum(n for k, n in parts.items() if k != "total") == parts["total"]
     assert main([*value["next"][0].split()[1:], "--json"]) == 0  # the command that it advises
     assert json.loads(capsys.readouterr().out)["fits"] is True
+
+
+# ---- the machine that is here
+
+
+def test_fit_here_counts_and_advises():
+    config = from_dict({"round": {"dataset_tasks": 2, "proposed_tasks": 0}, "sampling": {"max_new_tokens": 32}})
+    found, said = here.fit(config, 64 << 30)
+    assert said == [] and 0 < found["bytes_per_device"] < found["of"] == int((64 << 30) * SHARE / len(jax.devices()))
+    found, said = here.fit(config, 256 << 20)
+    assert len(said) == 1 and found["bytes_per_device"] > found["of"] and ". Try: " in said[0]
+    assert here.fit(config, None) == (None, [])
+
+
+def test_what_cannot_be_had_from_here_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(here.unavailable.__globals__["huggingface_hub"].constants, "HF_HUB_OFFLINE", True)
+    assert here.unreachable(from_dict({})) == []
+    config = from_dict({
+        "solver": {"model": "nobody/has-this"}, "evaluator": {"model": str(tmp_path)},
+        "swarm": {"relay": "127.0.0.1:9"}, "checkpoint": {"folder": "s3://bucket/x"},
+    })  # fmt: skip
+    relay, bucket, model = here.unreachable(config)
+    assert relay.startswith("relay 127.0.0.1:9 does not serve: ")
+    assert "s3://bucket/x is no folder of this machine" in bucket
+    assert model.startswith("nobody/has-this is not on this machine") and "Try: hf auth login" in model

@@ -126,6 +126,10 @@ FLEX = " --provisioning-model=flex-start --max-run-duration=12h"
         ({"MODE": "on-demand", "ACCELERATOR": "v5p-8"}, "gcloud " + QUEUED.format("v5p-8", "v2-alpha-tpuv5")),
         ({"MODE": "on-demand", "ACCELERATOR": "v4-8"}, "gcloud " + QUEUED.format("v4-8", "tpu-ubuntu2204-base")),
         (
+            {"MODE": "spot", "ACCELERATOR": "v5litepod-16"},
+            "gcloud " + QUEUED.format("v5litepod-16", "v2-alpha-tpuv5-lite") + " --spot",
+        ),
+        (
             {"MODE": "on-demand", "ACCELERATOR": "v6e-4", "BACKEND": "compute-engine"},
             INSTANCE.format("ct6e-standard-4t"),
         ),
@@ -177,7 +181,7 @@ def test_create_refuses_a_dead_slice(cloud, states, said):
         ({"MODE": "free"}, "MODE=free is not known"),
         ({"BACKEND": "cloud"}, "BACKEND=cloud is not known"),
         ({"ACCELERATOR": "v9-8"}, "ACCELERATOR=v9-8 is not known"),
-        ({"ACCELERATOR": "v5litepod-16"}, "several hosts, and cz-jax trains on one host"),
+        ({"ACCELERATOR": "v6e-16", "BACKEND": "compute-engine"}, "which Compute Engine makes one by one"),
         ({"BACKEND": "compute-engine"}, "no machine type for v5litepod-8"),
         ({"NAME": "../x"}, "NAME=../x is no name"),
         ({"BUCKET": "s3://x"}, "BUCKET=s3://x is no bucket"),
@@ -308,7 +312,7 @@ def test_run_ends_on_any_other_status_and_after_enough_restarts(cloud):
         (["--id", "a/../b", "configs/a.toml"], {}, "is no name of a run"),
         ([], {}, "no configuration is named"),
         (["--fast"], {}, "--fast is not known"),
-        (["configs/a.toml"], {"ACCELERATOR": "v6e-16"}, "several hosts"),
+        (["configs/a.toml"], {"ACCELERATOR": "v6e-16"}, "several hosts, which need BUCKET for their checkpoints"),
     ],
 )
 def test_run_refuses(cloud, words, settings, said):
@@ -401,6 +405,39 @@ def test_a_run_that_is_there_is_resumed(host):
         assert subprocess.run(call, env=environment, timeout=60).returncode == 0
     began, resumed = (host / "calls").read_text().splitlines()
     assert began == "train configs/a.toml run.rounds=3 --out runs/first" and resumed == began + " --resume"
+
+
+HOSTS = "t1v-0:0:10.0.0.2,t1v-1:1:10.0.0.3"
+
+
+@pytest.mark.parametrize(
+    "number, hosts", [(0, HOSTS), (1, HOSTS), (1, "10.0.0.2,10.0.0.3"), (0, "10.0.0.2"), (0, None)]
+)
+def test_hosts_find_each_other_and_the_first_keeps_the_run(host, number, hosts):
+    """By a metadata server and a bucket whose stand-ins record what they are asked for."""
+    (host / "bin").mkdir()
+    attributes = {"worker-network-endpoints": hosts, "agent-worker-number": number}
+    known = "".join(f"  */{name}) echo {value} ;;\n" for name, value in attributes.items() if hosts)
+    for name, text in {
+        "curl": f'case "$*" in\n{known}  *) exit 22 ;;\nesac\n',
+        "gcloud": f'echo "$*" >>"{host}/asked"\ncase "$*" in *" ls "*) [ -f "{host}/kept" ] ;; esac\n',
+    }.items():
+        (host / "bin" / name).write_text("#!/usr/bin/env bash\n" + text)
+        (host / "bin" / name).chmod(0o755)
+    call, environment = on_host(host, "train", "first", "configs/a.toml")
+    environment |= {"PATH": f"{host / 'bin'}:{environment['PATH']}", "BUCKET": "gs://b/cz"}
+    for _ in range(2):
+        assert subprocess.run(call, env=environment, timeout=60).returncode == 0
+        (host / "kept").touch()
+        shutil.rmtree(host / "runs/first")  # a new slice
+    meeting = f"--coordinator 10.0.0.2:8476 --processes 2 --process {number}"
+    together = f"checkpoint.folder=gs://b/cz/checkpoints/first {meeting}"
+    first = "train configs/a.toml --out runs/first" + (f" {together}" if hosts and "," in hosts else "")
+    assert (host / "calls").read_text().splitlines() == [first, first]
+    asked = (host / "asked").read_text().splitlines() if (host / "asked").exists() else []
+    copied = "storage rsync --recursive --delete-unmatched-destination-objects runs/first gs://b/cz/runs/first"
+    fetched = "storage rsync --recursive gs://b/cz/runs/first runs/first"
+    assert (asked.count(copied), asked.count(fetched)) == ((2, 1) if number == 0 else (0, 0))
 
 
 @pytest.mark.parametrize("asked, status", [(True, 130), (False, 143)], ids=["stopped", "preempted"])

@@ -77,15 +77,20 @@ want_settings() {
 
 choose_image() {
   local known="" machine=""
+  SEVERAL=yes # hosts
   case $ACCELERATOR in
-    v5litepod-1 | v5litepod-4 | v5litepod-8) known=v2-alpha-tpuv5-lite ;;
-    v5p-8) known=v2-alpha-tpuv5 machine=ct5p-hightpu-4t ;;
-    v6e-1 | v6e-4 | v6e-8) known=v2-alpha-tpuv6e machine=ct6e-standard-${ACCELERATOR#v6e-}t ;;
-    v4-8) known=tpu-ubuntu2204-base ;;
-    v5litepod-* | v5p-* | v6e-* | v4-*) # several hosts
-      fail "ACCELERATOR=$ACCELERATOR is a slice of several hosts, and cz-jax trains on one host" "ACCELERATOR=v5litepod-8 tpu/$ME" ;;
+    v5litepod-1 | v5litepod-4 | v5litepod-8 | v6e-1 | v6e-4 | v6e-8 | v5p-8 | v4-8) SEVERAL="" ;;
+  esac
+  case $ACCELERATOR in
+    v5litepod-[1-9]*) known=v2-alpha-tpuv5-lite ;;
+    v5p-[1-9]*) known=v2-alpha-tpuv5 machine=ct5p-hightpu-4t ;;
+    v6e-[1-9]*) known=v2-alpha-tpuv6e machine=ct6e-standard-${ACCELERATOR#v6e-}t ;;
+    v4-[1-9]*) known=tpu-ubuntu2204-base ;;
     *) fail "ACCELERATOR=$ACCELERATOR is not known" "ACCELERATOR=v5litepod-8 tpu/$ME" ;;
   esac
+  if [ "$BACKEND" = compute-engine ] && [ -n "$SEVERAL" ]; then
+    fail "ACCELERATOR=$ACCELERATOR is a slice of several hosts, which Compute Engine makes one by one" "BACKEND=tpu-api tpu/$ME"
+  fi
   RUNTIME=${RUNTIME:-$known}
   MACHINE_TYPE=${MACHINE_TYPE:-$machine}
   if [ "$BACKEND" = compute-engine ] && [ -z "$MACHINE_TYPE" ]; then

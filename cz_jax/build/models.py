@@ -1,7 +1,8 @@
 """Where a model comes from and where it goes: Hugging Face folders, folders of ours, random weights.
 
 A folder of ours holds `model/` (config, tokenizer: a Hugging Face folder without weights) and `checkpoints/` (orbax,
-with manifests). `cz-jax convert` makes one, and every run folder is one.
+with manifests), unless its config.toml names another place for them. `cz-jax convert` makes one, and every run folder
+is one.
 """
 
 import json
@@ -65,12 +66,25 @@ def load_model(model: str, revision: str | None, dtype: str, mesh) -> Loaded:
     if model.startswith(RANDOM):
         return _random(model.removeprefix(RANDOM), dtype, mesh)
     path = pathlib.Path(model).expanduser()
-    if (path / MODEL).is_dir() and (path / CHECKPOINTS).is_dir():
+    if is_ours(path):
         return _ours(path, dtype, mesh)
     folder = locate(model, revision)
     facts = check_folder(folder)
     params = read_params(facts, facts.arch, dtype, sharding_rule(facts.arch, mesh))
     return Loaded(model, facts.arch, params, folder, facts.digest)
+
+
+def is_ours(path: pathlib.Path) -> bool:
+    return (path / MODEL).is_dir() and ((path / CHECKPOINTS).is_dir() or (path / CONFIG).is_file())
+
+
+def checkpoints_of(path: pathlib.Path, config: Config | None) -> pathlib.Path | str:
+    """Where the checkpoints of a folder of ours are; `config`: its own, where it is a run."""
+    return (config.checkpoint.folder if config is not None else "") or path / CHECKPOINTS
+
+
+def _config_of(path: pathlib.Path) -> Config | None:
+    return load(path / CONFIG) if (path / CONFIG).exists() else None
 
 
 def _random(shape: str, dtype: str, mesh) -> Loaded:
@@ -93,11 +107,11 @@ def _ours(path: pathlib.Path, dtype: str, mesh) -> Loaded:
 def _saved_params(path: pathlib.Path, arch: Arch, mesh) -> dict:
     """The plain weights of the newest whole checkpoint of a folder of ours, low-rank pairs merged into their base."""
     rule = sharding_rule(arch, mesh)
-    config = load(path / CONFIG) if (path / CONFIG).exists() else None
+    config = _config_of(path)
     rank = config.lora.rank if config is not None else 0
     table = lora.lora_weights(arch, rank, config.lora.targets if rank else ()) or weights(arch)
     table = tuple(w for w in table if w.path[-1] != "lora_scale")
-    with Checkpoints(path / CHECKPOINTS, keep=1, keep_best=0, lock=False) as checkpoints:
+    with Checkpoints(checkpoints_of(path, config), keep=1, keep_best=0, lock=False) as checkpoints:
         dtypes = checkpoints.dtypes()
 
         def leaf(w: Weight):
@@ -154,16 +168,16 @@ def convert_model(hf_dir: str, out: pathlib.Path, dtype: str | None) -> dict:
 def export_run(run: pathlib.Path, out: pathlib.Path) -> dict:
     """A run, or any folder of ours, as a Hugging Face folder with a model card."""
     run, out = pathlib.Path(run), local_folder(out)
-    if not ((run / MODEL).is_dir() and (run / CHECKPOINTS).is_dir()):
+    if not is_ours(run):
         raise ModelFolderError(
             f"{run} is no run folder", f"it has no {MODEL}/ and {CHECKPOINTS}/", "cz-jax export runs/demo OUT"
         )
     mesh = parallel.make_mesh(1, -1, 1)
     arch = arch_from_folder(run / MODEL)
     params = _saved_params(run, arch, mesh)
-    with Checkpoints(run / CHECKPOINTS, keep=1, keep_best=0, lock=False) as checkpoints:
+    config = _config_of(run)
+    with Checkpoints(checkpoints_of(run, config), keep=1, keep_best=0, lock=False) as checkpoints:
         number, host = checkpoints.host()
-    config = load(run / CONFIG) if (run / CONFIG).exists() else None
     dtype = jax.tree.leaves(params)[0].dtype
     digest = parallel.tree_digest(params)
     card = _card(run, out.name, config, number, host)

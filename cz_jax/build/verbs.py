@@ -11,10 +11,10 @@ from statistics import fmean
 
 import jax
 
-from cz_jax.build.models import CHECKPOINTS, CONFIG, export_run, load_model, write_texts
+from cz_jax.build.models import CHECKPOINTS, CONFIG, checkpoints_of, export_run, load_model, write_texts
 from cz_jax.build.node import Built, build, mesh_of, set_compile_cache, spread
 from cz_jax.build.worker import run_interruptibly
-from cz_jax.checkpoint import Checkpoints
+from cz_jax.checkpoint import Checkpoints, held
 from cz_jax.config import Config, changed_keys, from_dict, to_toml
 from cz_jax.difficulty import LevelState
 from cz_jax.errors import CheckpointError, ConfigError, Preempted, TaskError
@@ -24,7 +24,7 @@ from cz_jax.ledger import RunLedger
 from cz_jax.loop import Position, run
 from cz_jax.metrics import gain_estimate, judge_quality
 from cz_jax.nouns import Outcome, Round, Task
-from cz_jax.parallel import any_process, is_primary, wait_for_all
+from cz_jax.parallel import any_process, is_primary, process_0_says, wait_for_all
 from cz_jax.preemption import sigterm_preempts
 from cz_jax.report import REPORT, Sinks, load_sinks, write_report
 from cz_jax.roles.evaluator import ModelEvaluator
@@ -46,12 +46,14 @@ def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> d
 
     The folder gets config.toml, model/, checkpoints/, metrics.jsonl, rounds/, evaluations.json, export/,
     summary.json and report.html. With `resume` the run in the folder goes on exactly where its newest whole checkpoint
-    stands. UserError for bad input. KeyboardInterrupt (Preempted for SIGTERM) is passed on after saving the last
-    finished round.
+    stands. Of several processes, number 0 alone reads and writes the folder, and its `resume` counts; where they do not
+    share a disk, `checkpoint.folder` names a place for the checkpoints that all of them reach. UserError for bad input.
+    KeyboardInterrupt (Preempted for SIGTERM) is passed on after saving the last finished round.
     """
     out = local_folder(out)
     primary = is_primary()
     say = say if primary else quiet
+    resume = process_0_says(resume)
     if primary:
         _check_folder(out, resume)
     trackers = load_sinks(config.report.sinks) if primary else {}
@@ -63,16 +65,20 @@ def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> d
         built = stack.enter_context(
             contextlib.closing(build(config, say, out))
         )  # first: what fails here leaves nothing
-        checkpoints = stack.enter_context(
-            Checkpoints(out / CHECKPOINTS, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best)
-        )
+        if primary and config.checkpoint.folder:
+            stack.enter_context(held(out / CHECKPOINTS))  # the ledger is this trainer's, wherever the checkpoints are
+        place, keeps = checkpoints_of(out, config), config.checkpoint
+        checkpoints = stack.enter_context(Checkpoints(place, keep=keeps.keep, keep_best=keeps.keep_best))
         ledger = RunLedger(out)
         keeper = Keeper(built, ledger if primary else None, checkpoints)
         if primary and not resume:
             out.mkdir(parents=True, exist_ok=True)
-            write_atomic(out / CONFIG, to_toml(config).encode())  # from here on the folder holds a run
-        if resume and (next(ledger.rounds(), None) is not None or checkpoints.latest() is not None):
+            _write_config(config, out)  # from here on the folder holds a run
+        begun = process_0_says(next(ledger.rounds(), None) is not None)
+        if resume and (begun or checkpoints.latest() is not None):
             position = _resume(built, checkpoints, ledger, out)
+            if primary:
+                _write_config(config, out)  # with what a resumed run may change
             keeper.saved = position.number
         else:
             position = _begin(built, keeper, out, say)
@@ -98,7 +104,7 @@ def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> d
 def _play(built: Built, position: Position, keeper: "Keeper", out: pathlib.Path, say) -> dict | None:
     """The evaluation before, unless it is there, the rounds, and the result of the evaluation after."""
     evaluates = built.node.config.eval.before_and_after
-    if evaluates and position.number == 0 and not (out / EVALUATIONS).exists():
+    if evaluates and position.number == 0 and not process_0_says((out / EVALUATIONS).exists()):
         _write_evaluations(out, {"before": _evaluate(built, "before", say)})
     run(built.node, position, keeper, say)
     return _evaluate(built, "after", say) if evaluates else None
@@ -172,6 +178,10 @@ def _check_folder(out: pathlib.Path, resume: bool) -> None:
     if not resume and is_taken(out):
         what = "holds a run" if there else "is not empty"
         raise ConfigError(f"{out} {what}", "", f"--resume to go on with it, or another folder: --out {out}-2")
+
+
+def _write_config(config: Config, out: pathlib.Path) -> None:
+    write_atomic(out / CONFIG, to_toml(config).encode())
 
 
 def _begin(built: Built, keeper: Keeper, out: pathlib.Path, say) -> Position:

@@ -1,27 +1,18 @@
-"""The manifest of a checkpoint: which round it is, which arrays it holds, the size and SHA-256 of each of its files.
+"""The manifest of a checkpoint: which round it is, which arrays it holds, the size and checksum of each of its files.
 
-It is written last, so a step folder without a valid one is not whole. A hash tells damage by accident; it is no
-signature, and somebody who may write to the folder can make a new manifest.
+It is written last, so a step without a valid one is not whole. A checksum tells damage by accident; it is no signature,
+and somebody who may write there can make a new manifest. A place (see places.py) is where the step lies.
 """
 
-import hashlib
 import json
-import os
-import pathlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from cz_jax.files import sync_folder, write_atomic
+from cz_jax.checkpoint.places import Broken
 from cz_jax.nouns import canonical_json, digest
 
 NAME = "manifest.json"
 VERSION = 1
-HASH_THREADS = 4
 MAX_BYTES = 64 << 20
-
-
-class Broken(Exception):
-    """A step folder that is not whole; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +29,7 @@ class ArraySpec:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`files` maps each file's path in the step folder to (bytes, lower-case hex SHA-256)."""
+    """`files` maps each file's path in the step folder to (bytes, checksum)."""
 
     round: int
     score: float | None
@@ -56,34 +47,28 @@ class Manifest:
         return (canonical_json(body | {"digest": digest(body)}) + "\n").encode("ascii")
 
 
-def write(folder: pathlib.Path, round_number: int, score: float | None, arrays: tuple[ArraySpec, ...]) -> Manifest:
-    """Hashes every file under `folder`, makes them survive a power cut, then writes the manifest. OSError as ever."""
-    paths = _files(folder)
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        hashes = list(pool.map(lambda p: _sha256(p, sync=True), paths.values()))
-    for path in sorted({p.parent for p in paths.values()} | {folder}):
-        sync_folder(path)
-    files = {name: (path.stat().st_size, h) for (name, path), h in zip(paths.items(), hashes, strict=True)}
-    manifest = Manifest(round_number, score, arrays, files)
-    write_atomic(folder / NAME, manifest.to_bytes())
+def write(place, step: str, score: float | None, arrays: tuple[ArraySpec, ...]) -> Manifest:
+    """Makes every file of the step durable, then writes the manifest. OSError as ever."""
+    manifest = Manifest(int(step), score, arrays, place.settle(step))
+    place.write(step, NAME, manifest.to_bytes())
     return manifest
 
 
-def read(folder: pathlib.Path, round_number: int) -> Manifest:
-    """The manifest of a step folder whose files have the right names and sizes; nothing is hashed. Broken if not so."""
+def read(place, step: str) -> Manifest:
+    """The manifest of a step whose files have the right names and sizes; nothing is hashed. Broken if not so."""
     try:
-        if not folder.is_dir():
-            raise Broken("it is not a folder")
-        if not any(folder.iterdir()):
+        sizes = place.files(step)
+        if not sizes:
             raise Broken("it is empty")
-        if not (folder / NAME).is_file():
+        if NAME not in sizes:
             raise Broken(f"it has no {NAME}: its save did not finish")
-        manifest = _parse(folder / NAME)
-        if manifest.round != round_number:
-            raise Broken(f"its manifest is that of round {manifest.round}: it was copied or renamed")
-        sizes = {name: path.stat().st_size for name, path in _files(folder).items()}
+        if sizes.pop(NAME) > MAX_BYTES:
+            raise Broken(f"{NAME} is larger than {MAX_BYTES} bytes")
+        manifest = _parse(place.read(step, NAME))
     except OSError as e:
         raise Broken(f"it cannot be read: {e.strerror or e}") from None
+    if str(manifest.round) != step:
+        raise Broken(f"its manifest is that of round {manifest.round}: it was copied or renamed")
     for name in sorted(sizes.keys() | manifest.files.keys()):
         if name not in sizes:
             raise Broken(f"{name} is missing")
@@ -94,18 +79,17 @@ def read(folder: pathlib.Path, round_number: int) -> Manifest:
     return manifest
 
 
-def verify(folder: pathlib.Path, round_number: int) -> Manifest:
-    """`read`, and then every byte of every file against its hash. Broken if anything differs."""
-    manifest = read(folder, round_number)
+def verify(place, step: str) -> Manifest:
+    """`read`, and then every file against its checksum. Broken if anything differs."""
+    manifest = read(place, step)
+    recorded = {name: checksum for name, (_, checksum) in manifest.files.items()}
     try:
-        paths = _files(folder)
-        with ThreadPoolExecutor(HASH_THREADS) as pool:
-            hashes = list(pool.map(_sha256, paths.values()))
+        found = place.checksums(step, recorded)
     except OSError as e:
         raise Broken(f"it cannot be read: {e.strerror or e}") from None
-    for name, found in zip(paths, hashes, strict=True):
-        if found != manifest.files[name][1]:
-            raise Broken(f"{name} is not what was saved: its SHA-256 differs")
+    for name, checksum in recorded.items():
+        if found[name] != checksum:
+            raise Broken(f"{name} is not what was saved: its checksum differs")
     return manifest
 
 
@@ -119,36 +103,7 @@ def first_difference(saved: tuple[ArraySpec, ...], wanted: tuple[ArraySpec, ...]
     return f"{names[0]}: saved {a.get(names[0], 'nothing')}, wanted {b.get(names[0], 'nothing')}{more}"
 
 
-def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Every file under `folder` but the manifest, by its relative path, sorted. Broken for a link or a device."""
-    found = {}
-    for parent, folders, names in os.walk(folder, onerror=_raise):
-        for name in names + folders:
-            path = pathlib.Path(parent, name)
-            relative = path.relative_to(folder).as_posix()
-            if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                raise Broken(f"{relative} is not a plain file")
-            if path.is_file() and relative != NAME:
-                found[relative] = path
-    return dict(sorted(found.items()))
-
-
-def _raise(error: OSError):
-    raise error
-
-
-def _sha256(path: pathlib.Path, sync: bool = False) -> str:
-    with open(path, "rb") as f:
-        found = hashlib.file_digest(f, "sha256").hexdigest()
-        if sync:
-            os.fsync(f.fileno())
-    return found
-
-
-def _parse(path: pathlib.Path) -> Manifest:
-    if path.stat().st_size > MAX_BYTES:
-        raise Broken(f"{NAME} is larger than {MAX_BYTES} bytes")
-    data = path.read_bytes()
+def _parse(data: bytes) -> Manifest:
     try:
         body = json.loads(data)
         if body["version"] != VERSION:

@@ -1,25 +1,23 @@
 """The checkpoints of one run.
 
-    checkpoints/.lock              held by the trainer that may write here
+    checkpoints/.lock              held by the trainer that may write here (not in a bucket)
     checkpoints/12/arrays/         the arrays, written by Orbax
     checkpoints/12/host.json       everything else
     checkpoints/12/manifest.json   written last: a step without a valid one is not whole
 
-A step that is not whole is never loaded and never counted. It stays where it is, and is renamed to `12.broken-1` when
-its round is saved again. Once there is a whole step of its round or a later one, it is removed if its save never
-finished; a step that was damaged afterwards is left for the user to look at.
+They lie in a folder or in a bucket (see places.py). A step that is not whole is never loaded and never counted. It
+stays where it is, and is renamed to `12.broken-1` when its round is saved again. Once there is a whole step of its
+round or a later one, it is removed if its save never finished; a step that was damaged afterwards is left for the user
+to look at.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import math
 import operator
 import os
-import pathlib
 import re
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -28,9 +26,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from cz_jax.checkpoint import manifest
-from cz_jax.checkpoint.manifest import ArraySpec, Broken
+from cz_jax.checkpoint.manifest import ArraySpec
+from cz_jax.checkpoint.places import Broken, place_at
 from cz_jax.errors import CheckpointError
-from cz_jax.files import sync_folder, write_atomic
 from cz_jax.nouns import canonical_json
 from cz_jax.parallel import any_process
 
@@ -39,13 +37,14 @@ ARRAYS, HOST = "arrays", "host.json"
 STEP = re.compile(r"0|[1-9]\d*")
 UNFINISHED = re.compile(r"(\d+)\.orbax-checkpoint-tmp.*")
 DEBRIS = re.compile(r"(\d+)(\.orbax-checkpoint-tmp.*|\.broken-\d+)?")
-WRITE_ERRORS = (OSError, ValueError, RuntimeError)  # TensorStore tells a full disk as a ValueError
+WRITE_ERRORS = (OSError, ValueError, RuntimeError, CheckpointError)  # TensorStore tells a full disk as a ValueError
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """Saves and restores a run in `folder`. A context manager; `close` waits for what is being written.
+    """Saves and restores a run in `folder`, a path or gs://BUCKET/PREFIX. A context manager; `close` waits for what is
+    being written.
 
     keep, keep_best: the newest `keep` (at least 1) whole steps stay, and the `keep_best` with the highest scores.
     lock: True for the one trainer that writes here; False to read only, while a trainer may be writing.
@@ -59,13 +58,13 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, *, keep: int, keep_best: int, lock: bool = True):
         if keep < 1 or keep_best < 0:
             raise ValueError(f"keep must be at least 1 and keep_best at least 0, not {keep} and {keep_best}")
-        self.folder = pathlib.Path(folder).absolute()
+        self.place = place_at(folder)
         self.keep, self.keep_best = keep, keep_best
         self.skipped: list[str] = []
         self._damaged: set[str] = set()
         self._primary, self._writes = jax.process_index() == 0, lock
         self._pending: tuple[int, Future] | None = None
-        self._lock = _lock(self.folder) if lock and self._primary else None
+        self._lock = self.place.claim() if lock and self._primary else None
         # Trained weights hardly shrink, and to compress them takes longer than to write and hash them.
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -118,9 +117,10 @@ class Checkpoints:
         error = self._settle() or (self._make_room(round_number) if self._primary else None)
         if any_process(error is not None):
             raise error or CheckpointError(f"round {round_number} was not saved: another process could not")
-        step = self.folder / str(round_number)
+        step = str(round_number)
         try:
-            self._orbax.save(step / ARRAYS, args=ocp.args.PyTreeSave(named))
+            with self.place.told():
+                self._orbax.save(self.place.url(step, ARRAYS), args=ocp.args.PyTreeSave(named))
         except WRITE_ERRORS as e:
             self._discard(step)
             raise _failed(round_number, e) from e
@@ -143,7 +143,7 @@ class Checkpoints:
     def host(self) -> tuple[int, dict]:
         """(round number, host dict) of the newest whole step. CheckpointError if no step is whole."""
         step, _, host = self._open(None)
-        return int(step.name), host
+        return int(step), host
 
     def dtypes(self) -> dict[str, str]:
         """The dtype of each array of the newest whole step, by its path. CheckpointError if no step is whole."""
@@ -158,57 +158,59 @@ class Checkpoints:
         and if an array's path, shape or dtype differs from the target's: nothing is ever cast.
         """
         step, saved, host = self._open(round_number)
-        number = int(step.name)
         named = _named(target) if target is not None else {s.name: _struct(s) for s in saved}
         compared = tuple(spec for spec in saved if spec.name in named) if partial else saved
         difference = manifest.first_difference(compared, _specs(named))
         if difference:
             raise CheckpointError(
-                f"checkpoint {step} does not fit: {difference}",
+                f"checkpoint {self.place}/{step} does not fit: {difference}",
                 "it was saved with another model, dtype or optimizer",
                 "resume with the config.toml of that run, or use another folder",
             )
-        arrays = self._load(step / ARRAYS, named, partial)
+        arrays = self._load(step, named, partial)
         if target is not None:
             arrays = jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in named])
-        return number, arrays, host
+        return int(step), arrays, host
 
-    def _open(self, round_number: int | None) -> tuple[pathlib.Path, tuple[ArraySpec, ...], dict]:
-        """(folder, arrays of the manifest, host dict) of the newest whole step, or of `round_number`."""
+    def _open(self, round_number: int | None) -> tuple[str, tuple[ArraySpec, ...], dict]:
+        """(name, arrays of the manifest, host dict) of the newest whole step, or of `round_number`."""
         self.wait()
         number, why = self._choose(round_number) if self._primary else (None, "process 0 found none")
         number = _from_process_0(number)
         if number is None:
-            raise CheckpointError(f"{self.folder}: {why}", "", "another run folder, or start anew without --resume")
-        step = self.folder / str(number)
+            raise CheckpointError(f"{self.place}: {why}", "", "another run folder, or start anew without --resume")
+        step = str(number)
         try:
-            return step, manifest.read(step, number).arrays, json.loads((step / HOST).read_bytes())
+            return step, manifest.read(self.place, step).arrays, json.loads(self.place.read(step, HOST))
         except (OSError, Broken) as e:
-            raise CheckpointError(f"checkpoint {step} went away while it was read: {e}") from None
+            raise CheckpointError(f"checkpoint {self.place}/{step} went away while it was read: {e}") from None
 
-    def _load(self, path: pathlib.Path, named: dict, partial: bool) -> dict:
+    def _load(self, step: str, named: dict, partial: bool) -> dict:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or here) for n, a in named.items()}
         how = ocp.checkpoint_utils.construct_restore_args(wanted)
         try:
-            return self._orbax.restore(
-                path, args=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=partial)
-            )
+            with self.place.told():
+                return self._orbax.restore(
+                    self.place.url(step, ARRAYS),
+                    args=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=partial),
+                )
         except WRITE_ERRORS as e:
-            raise CheckpointError(f"checkpoint {path.parent} cannot be read: {e}") from e
+            raise CheckpointError(f"checkpoint {self.place}/{step} cannot be read: {e}") from e
 
-    def _finish(self, step: pathlib.Path, host_json: bytes, score: float | None, specs: tuple[ArraySpec, ...]):
+    def _finish(self, step: str, host_json: bytes, score: float | None, specs: tuple[ArraySpec, ...]):
         """Runs in the background thread: whole or, where something failed, gone."""
         with contextlib.ExitStack() as undo:
             undo.callback(self._discard, step)
-            self._orbax.wait_until_finished()
+            with self.place.told():
+                self._orbax.wait_until_finished()
             if self._primary:
-                write_atomic(step / HOST, host_json)
-                manifest.write(step, int(step.name), score, specs)
-                sync_folder(self.folder)
+                self.place.write(step, HOST, host_json)
+                manifest.write(self.place, step, score, specs)
+                self.place.made()
             undo.pop_all()
         if self._primary:
-            self._retain(int(step.name))
+            self._retain(int(step))
 
     def _settle(self) -> CheckpointError | None:
         """Waits for the save under way; what went wrong with it, once."""
@@ -228,38 +230,36 @@ class Checkpoints:
         told.__cause__ = error
         return told
 
-    def _steps(self) -> list[tuple[int, pathlib.Path]]:
+    def _steps(self) -> list[tuple[int, str]]:
         """Everything named like a step or like one that never was, newest first."""
-        if not self.folder.is_dir():
-            return []
         found = []
-        for path in self.folder.iterdir():
-            unfinished = UNFINISHED.fullmatch(path.name)
-            if unfinished or STEP.fullmatch(path.name):
-                found.append((int(unfinished[1] if unfinished else path.name), path))
-        return sorted(found, key=lambda entry: (entry[0], entry[1].name == str(entry[0])), reverse=True)
+        for name in self.place.names():
+            unfinished = UNFINISHED.fullmatch(name)
+            if unfinished or STEP.fullmatch(name):
+                found.append((int(unfinished[1] if unfinished else name), name))
+        return sorted(found, key=lambda entry: (entry[0], entry[1] == str(entry[0])), reverse=True)
 
-    def _problem(self, number: int, path: pathlib.Path) -> str | None:
-        """Why the step is not whole, after reading all of it; None if it is."""
-        if path.name != str(number):
+    def _problem(self, step: str) -> str | None:
+        """Why the step is not whole, after checking all of it; None if it is."""
+        if not STEP.fullmatch(step):
             return "it is what a save left that did not finish"
         try:
-            manifest.verify(path, number)
+            manifest.verify(self.place, step)
         except Broken as e:
-            self._damaged.add(path.name)
+            self._damaged.add(step)
             return str(e)
-        self._damaged.discard(path.name)
+        self._damaged.discard(step)
         return None
 
     def _newest_whole(self) -> tuple[int | None, list[str]]:
         self.skipped, reasons = [], []
-        for number, path in self._steps():
-            problem = self._problem(number, path)
+        for number, step in self._steps():
+            problem = self._problem(step)
             if problem is None:
                 return number, reasons
-            self.skipped.append(path.name)
-            reasons.append(f"{path.name}: {problem}")
-            log.warning("checkpoint %s is skipped: %s", path, problem)
+            self.skipped.append(step)
+            reasons.append(f"{step}: {problem}")
+            log.warning("checkpoint %s/%s is skipped: %s", self.place, step, problem)
         return None, reasons
 
     def _choose(self, round_number: int | None) -> tuple[int | None, str]:
@@ -268,66 +268,70 @@ class Checkpoints:
             number, reasons = self._newest_whole()
             return number, f"no checkpoint here is whole ({'; '.join(reasons)})" if reasons else "no checkpoint here"
         self.skipped = []
-        path = self.folder / str(round_number)
-        if not path.exists():
-            there = sorted(n for n, p in self._steps() if p.name == str(n))
+        step = str(round_number)
+        if not self.place.has(step):
+            there = sorted(n for n, name in self._steps() if name == str(n))
             return None, f"no checkpoint of round {round_number}; there are {there or 'none'}"
-        problem = self._problem(round_number, path)
+        problem = self._problem(step)
         return (round_number, "") if problem is None else (None, f"checkpoint {round_number} is not whole: {problem}")
 
     def _make_room(self, round_number: int) -> CheckpointError | None:
         """Moves a broken step of this round aside and makes an empty one. A whole one of this round or a later one is
-        refused: to go on from an older round in the same folder would leave two histories in it."""
-        for number, path in self._steps():
-            if number < round_number:
-                break
-            if self._problem(number, path) is None:
-                return CheckpointError(
-                    f"round {round_number} cannot be saved: {self.folder} holds a whole checkpoint of round {number}",
-                    "the run went on from an older one, or the round was saved already",
-                    "resume from the newest checkpoint, or use another folder",
-                )
-        step = self.folder / str(round_number)
+        refused: to go on from an older round in the same place would leave two histories in it."""
+        step = str(round_number)
         try:
-            if step.exists():
-                taken = (self.folder / f"{step.name}.broken-{k}" for k in range(1, 1 << 20))
-                aside = next(path for path in taken if not path.exists())
-                step.rename(aside)
-                self._damaged.discard(step.name)
-                log.warning("checkpoint %s is not whole: moved to %s", step, aside.name)
-            step.mkdir()
-        except OSError as e:
+            for number, name in self._steps():
+                if number < round_number:
+                    break
+                if self._problem(name) is None:
+                    return CheckpointError(
+                        f"round {round_number} cannot be saved: {self.place} holds a whole checkpoint of round "
+                        f"{number}",
+                        "the run went on from an older one, or the round was saved already",
+                        "resume from the newest checkpoint, or use another folder",
+                    )
+            if self.place.has(step):
+                taken = (f"{step}.broken-{k}" for k in range(1, 1 << 20))
+                aside = next(name for name in taken if not self.place.has(name))
+                self.place.move(step, aside)
+                self._damaged.discard(step)
+                log.warning("checkpoint %s/%s is not whole: moved to %s", self.place, step, aside)
+            self.place.make(step)
+        except (OSError, CheckpointError) as e:
             return _failed(round_number, e)
         return None
 
     def _retain(self, newest: int) -> None:
         """Removes what neither is to be kept nor is worth keeping; `newest` has just become whole."""
         scores = {}
-        for number, path in self._steps():
-            if path.name == str(number) and path.name not in self._damaged:
+        for number, step in self._steps():
+            if step == str(number) and step not in self._damaged:
                 with contextlib.suppress(Broken):
-                    scores[number] = manifest.read(path, number).score
+                    scores[number] = manifest.read(self.place, step).score
         kept = set(sorted(scores, reverse=True)[: self.keep])
         ranked = sorted((n for n in scores if scores[n] is not None), key=lambda n: (scores[n], n), reverse=True)
         kept |= {newest, *ranked[: self.keep_best]}
         for number in scores.keys() - kept:
-            self._discard(self.folder / str(number))
-        for path in list(self.folder.iterdir()):
-            debris = DEBRIS.fullmatch(path.name)
-            if debris and int(debris[1]) <= newest and path.is_dir() and not (path / manifest.NAME).exists():
-                self._discard(path)
+            self._discard(str(number))
+        for name in self.place.names():
+            debris = DEBRIS.fullmatch(name)
+            if debris and int(debris[1]) <= newest and self._never_finished(name):
+                self._discard(name)
 
-    def _discard(self, step: pathlib.Path) -> None:
+    def _never_finished(self, step: str) -> bool:
+        try:
+            return manifest.NAME not in self.place.files(step)
+        except (OSError, Broken, CheckpointError):
+            return False
+
+    def _discard(self, step: str) -> None:
         """Removes a step, its manifest first: what a kill leaves of it is then a step that never finished."""
         if not self._primary:
             return
         try:
-            if (step / manifest.NAME).exists():
-                (step / manifest.NAME).unlink()
-                sync_folder(step)
-            shutil.rmtree(step)
-        except OSError as e:
-            log.warning("checkpoint %s cannot be removed: %s", step, e.strerror or e)
+            self.place.remove(step, manifest.NAME)
+        except (OSError, Broken, CheckpointError) as e:
+            log.warning("checkpoint %s/%s cannot be removed: %s", self.place, step, getattr(e, "strerror", None) or e)
 
 
 def _named(tree) -> dict:
@@ -366,28 +370,6 @@ class _RaisedAnyway(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
-
-
-def _lock(folder: pathlib.Path) -> int:
-    """The descriptor that holds the folder's lock; the system drops the lock when its process ends, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as e:
-        raise CheckpointError(f"{folder} cannot be written to: {e.strerror or e}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-    except OSError as e:
-        holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
-        os.close(descriptor)
-        if not isinstance(e, BlockingIOError):
-            raise CheckpointError(f"{folder} cannot be locked: {e.strerror or e}") from None
-        raise CheckpointError(
-            f"{folder} is in use by another trainer, process {holder}", "two runs on one folder", "another --out folder"
-        ) from None
-    return descriptor
 
 
 def _from_process_0(number: int | None) -> int | None:

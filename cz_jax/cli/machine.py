@@ -16,7 +16,9 @@ def doctor(
 ):
     """Say what this machine can do.
 
-    Fails where an accelerator is there and JAX does not use it. The output holds no secret and no user name.
+    Fails where an accelerator is there and JAX does not use it, or another process holds it; and with CONFIG where a
+    round does not fit by counting, or the relay, the bucket or a model that it names cannot be had from here. The
+    output holds no secret and no user name.
 
     \b
     Example:
@@ -29,9 +31,16 @@ def doctor(
         resolved = load(config)
     with show.progress() as say:
         say("phase", name="looking at this machine", expected=5)
-        from cz_jax.doctor import examine
+        from cz_jax.doctor import examine, redact
 
         value = examine(resolved)
+        if resolved is not None and value["devices"]:
+            from cz_jax.plan.here import fit, unreachable
+
+            value["round"], problems = fit(resolved, value["ram_bytes"])
+            say("phase", name="asking for what the configuration names", expected=10)
+            value["problems"] += redact(problems + unreachable(resolved))
+            value["ok"] = not value["problems"]
     show.result(value, as_json)
     for problem in value["problems"]:
         show.complain(problem)

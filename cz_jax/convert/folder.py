@@ -4,6 +4,7 @@ Only config.json, the index and the headers of the safetensors files are opened.
 weights that have the right shapes and are not what their card says (see `FolderFacts.digest`).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.resources
@@ -18,7 +19,7 @@ import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RevisionResolutionError
 
 from cz_jax.convert.container import TensorFacts, blocks, read_header
-from cz_jax.errors import ModelFolderError
+from cz_jax.errors import ModelFolderError, one_line
 from cz_jax.models.spec import Arch, arch_from_folder, weights
 from cz_jax.nouns import canonical_json
 
@@ -26,6 +27,7 @@ EMBEDDED = ("tiny", "tiny/judge")
 WANTED = ["*.safetensors", "*.json", "merges.txt", "chat_template.jinja"]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_JSON_BYTES = 64 << 20
+HUB_SECONDS = 10.0
 TO_SAFETENSORS = "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT) with transformers, where you trust DIR"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _TOLERATED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", re.ASCII)
@@ -85,6 +87,25 @@ def locate(model: str, revision: str | None = None) -> pathlib.Path:
         why = f"no network, a wrong id or a model that needs a login ({type(e).__name__}: {str(e)[:200]})"
         raise ModelFolderError(f"{model} cannot be fetched from the hub", why, "name a local folder") from None
     return pathlib.Path(fetched)
+
+
+def unavailable(model: str, revision: str | None = None) -> str | None:
+    """Why `model` is not to be had, in a sentence; None where it is on this machine or the hub says that it has it.
+    Nothing is fetched but what the hub knows of it."""
+    if not is_hub_id(model) or pathlib.Path(model).expanduser().is_dir():
+        return None
+    with contextlib.suppress(OSError, HTTPError, EntryNotFoundError, RevisionResolutionError, ValueError):
+        huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=WANTED, local_files_only=True)
+        return None
+    try:
+        huggingface_hub.HfApi().model_info(model, revision=revision, timeout=HUB_SECONDS)
+    except (HTTPError, OSError, RevisionResolutionError, ValueError) as e:
+        why = f"{type(e).__name__}: {one_line(str(e), 120)}"
+        return (
+            f"{model} is not on this machine, and the hub does not give it: {why}. "
+            "Try: hf auth login for a model that needs it, hf download where there is a network, or name a local folder"
+        )
+    return None
 
 
 def read_json(path: pathlib.Path) -> dict:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bucket_server import BucketServer
+from test_checkpoint import TRAINER
 from test_processes import free_address
 from test_run import QUICK, lines, small, timeless, wait_until
 
@@ -75,9 +76,9 @@ def test_round_trip_is_exact(url):
 
 def test_retention(url):
     with opened(url) as c:
-        for n, score in enumerate((0.9, 0.1, 0.2, 0.3)):
+        for n, score in ((1, 0.9), (10, 0.1), (11, 0.2), (12, 0.3)):
             c.save(n, tree(n), HOST, score)
-    assert sorted(Bucket(url).names()) == ["0", "2", "3"]  # the two newest, and the best
+    assert Bucket(url).names() == ["1", "11", "12"]  # the two newest, and the best
 
 
 def shorter(url):
@@ -170,25 +171,15 @@ def test_bad_gcsfs_is_not_installed(monkeypatch):
         opened("gs://bucket/c")
 
 
-TRAINER = """
-    import sys
-    import jax.numpy as jnp
-    from cz_jax.checkpoint import Checkpoints
-    with Checkpoints(sys.argv[1], keep=2, keep_best=1) as c:
-        n = (c.latest() or 0) + 1
-        while True:
-            c.save(n, {"w": jnp.full((256, 256), n, jnp.float32), "n": jnp.int32(n)}, {"n": n}, score=float(n % 7))
-            print(n, flush=True)
-            n += 1
-"""
-
-
 def test_bad_sigkill_during_save(url):
     """Killed at three moments: what comes back is one whole round, and at least the last whose successor had begun."""
     wanted = {"w": jax.ShapeDtypeStruct((256, 256), jnp.float32), "n": jax.ShapeDtypeStruct((), jnp.int32)}
     command, reached = [sys.executable, "-c", textwrap.dedent(TRAINER), url], 0
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     for moment in (0.0, 0.1, 0.4):
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        with subprocess.Popen(command, cwd=ROOT, **pipes) as child:
+            child.stdin.write(b"go\n")
+            child.stdin.flush()
             started = [int(child.stdout.readline()) for _ in range(3)][-1]
             time.sleep(moment)
             child.kill()

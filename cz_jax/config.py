@@ -34,6 +34,8 @@ class RunConfig(Section):
     rounds: Positive = 100
     peer: str = ""  # name under which groups are kept; empty: "solver"
     compile_cache: str = "auto"  # a folder, "auto" (per user) or "off"
+    gpu_memory: Annotated[float, Field(gt=0.0, le=1.0)] = 0.92  # of a GPU's, taken at once
+    xla_flags: tuple[Annotated[str, Field(pattern=r"^--xla_[a-z0-9_]+(=\S+)?$")], ...] = ()
 
 
 class SolverConfig(Section):

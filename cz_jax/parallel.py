@@ -5,6 +5,7 @@ and `tensor` (heads, feed-forward and vocabulary split). Batches split over data
 """
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cz_jax.errors import ConfigError
 
+GPU_MEMORY, FLAGS = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_FLAGS"  # variables that JAX reads when it starts
 AXES = ("data", "fsdp", "tensor")
 
 LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
@@ -25,6 +27,18 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "ffn": "tensor",
     "layer": None,
 }
+
+
+def prepare_devices(gpu_memory: float, xla_flags: Sequence[str]) -> str:
+    """Tells JAX which share of a GPU's memory to take at once, and XLA its flags; what the environment says already
+    wins. To be called before a device is asked for: later it changes nothing. Returns what is now set, to be shown."""
+    os.environ.setdefault(GPU_MEMORY, f"{gpu_memory:g}")
+    flags = os.environ.get(FLAGS, "").split()
+    named = {flag.partition("=")[0] for flag in flags}
+    flags += [flag for flag in xla_flags if flag.partition("=")[0] not in named]
+    if flags:
+        os.environ[FLAGS] = " ".join(flags)
+    return f"{GPU_MEMORY}={os.environ[GPU_MEMORY]}, {FLAGS}={os.environ.get(FLAGS) or 'none'}"
 
 
 def is_primary() -> bool:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cz_jax.config import MAX_CONFIG_BYTES, Config, changed_keys, from_dict, load, to_toml
 from cz_jax.errors import ConfigError
+from cz_jax.parallel import prepare_devices
 
 
 def refused(tmp_path, text, *words) -> str:
@@ -257,3 +258,20 @@ def test_round_trip(tmp_path_factory, peer, model, sources, rate, seed, before_a
             from_dict(c.model_dump(mode="json") | {"proposer": {"model": "none"}}) for c in (config, again)
         )
     assert again == config
+
+
+def test_devices_are_prepared_below_the_environment(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    run = from_dict({"run": {"gpu_memory": 0.5, "xla_flags": ["--xla_a=2", "--xla_b=3"]}}).run
+    told = prepare_devices(run.gpu_memory, run.xla_flags)
+    assert told == "XLA_PYTHON_CLIENT_MEM_FRACTION=0.5, XLA_FLAGS=--xla_a=1 --xla_b=3"
+    assert os.environ["XLA_FLAGS"] == "--xla_a=1 --xla_b=3"
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".7")
+    assert prepare_devices(0.5, ()).startswith("XLA_PYTHON_CLIENT_MEM_FRACTION=.7, ")
+
+
+@pytest.mark.parametrize("run", [{"gpu_memory": 1.5}, {"gpu_memory": 0}, {"xla_flags": ["--fast"]}])
+def test_device_settings_that_cannot_be(run):
+    with pytest.raises(ConfigError, match=f"run.{next(iter(run))}"):
+        from_dict({"run": run})

@@ -15,6 +15,7 @@ from cz_jax.errors import CheckpointError, ConfigError, one_line
 from cz_jax.files import local_folder, write_atomic
 from cz_jax.loop import outcomes_at, stop_on_failures
 from cz_jax.nouns import Group, Level, Task, from_json, to_json
+from cz_jax.parallel import prepare_devices
 from cz_jax.ports import Evaluator, Exchange, Proposer
 from cz_jax.rewards import group_rewards
 from cz_jax.swarm.client import SwarmExchange
@@ -121,6 +122,7 @@ def propose(config: Config, out, turns: int | None = None, say: Callable = lambd
     if config.proposer.model in (None, "none"):
         raise ConfigError("proposer.model is none", "somebody has to invent the tasks", 'proposer.model="tiny"')
     saved = _read_state(out / STATE)
+    prepare_devices(config.run.gpu_memory, config.run.xla_flags)
     set_compile_cache(config.run.compile_cache)
     mesh = mesh_of(config)
     pool = Pool(mesh, say)

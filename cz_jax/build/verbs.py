@@ -24,7 +24,7 @@ from cz_jax.ledger import RunLedger
 from cz_jax.loop import Position, run
 from cz_jax.metrics import gain_estimate, judge_quality
 from cz_jax.nouns import Outcome, Round, Task
-from cz_jax.parallel import any_process, is_primary, process_0_says, wait_for_all
+from cz_jax.parallel import any_process, is_primary, prepare_devices, process_0_says, wait_for_all
 from cz_jax.preemption import sigterm_preempts
 from cz_jax.report import REPORT, Sinks, load_sinks, write_report
 from cz_jax.roles.evaluator import ModelEvaluator
@@ -51,11 +51,12 @@ def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> d
     KeyboardInterrupt (Preempted for SIGTERM) is passed on after saving the last finished round.
     """
     out = local_folder(out)
+    settings = prepare_devices(config.run.gpu_memory, config.run.xla_flags)
     primary = is_primary()
     say = say if primary else quiet
-    resume = process_0_says(resume)
-    if primary:
-        _check_folder(out, resume)
+    resume = _checked(out, resume)
+    if jax.devices()[0].platform == "gpu":
+        say("note", text=settings)
     trackers = load_sinks(config.report.sinks) if primary else {}
     wait_for_all("the run folder")
     started = time.perf_counter()
@@ -171,13 +172,18 @@ class Keeper:
             wait_for_all("the last checkpoint")  # a process that is gone would end the others before theirs is whole
 
 
-def _check_folder(out: pathlib.Path, resume: bool) -> None:
+def _checked(out: pathlib.Path, resume: bool) -> bool:
+    """Process 0's `resume`, which has to fit what is in `out`."""
+    resume = process_0_says(resume)
+    if not is_primary():
+        return resume
     there = (out / CONFIG).exists()
     if resume and not there:
         raise CheckpointError(f"{out} holds no run to resume", f"it has no {CONFIG}", "leave out --resume to begin one")
     if not resume and is_taken(out):
         what = "holds a run" if there else "is not empty"
         raise ConfigError(f"{out} {what}", "", f"--resume to go on with it, or another folder: --out {out}-2")
+    return resume
 
 
 def _write_config(config: Config, out: pathlib.Path) -> None:
@@ -220,7 +226,8 @@ def _resume(built: Built, checkpoints: Checkpoints, ledger: RunLedger, out: path
 def _may_change(key: str, config: Config) -> bool:
     if key == "run.rounds":  # a schedule that falls depends on it
         return config.optimizer.schedule == "constant"
-    return key.startswith(("eval.", "checkpoint.", "report.")) or key in ("run.compile_cache", *RELAY_KEYS)
+    machine = ("run.compile_cache", "run.gpu_memory")
+    return key.startswith(("eval.", "checkpoint.", "report.")) or key in (*machine, *RELAY_KEYS)
 
 
 def _evaluate(built: Built, when: str, say) -> dict:
@@ -293,6 +300,7 @@ def evaluate_model(
 ) -> dict:
     """average@k and pass@k of `model` on the task source `tasks`, judged by `evaluator` (None: evaluator.model)."""
     config = config or Config()
+    prepare_devices(config.run.gpu_memory, config.run.xla_flags)
     set_compile_cache(config.run.compile_cache)
     some = spread(load_tasks(tasks).tasks, config.eval.max_tasks or 1 << 30)
     mesh = mesh_of(config)
@@ -317,6 +325,7 @@ def judge_model(
 ) -> dict:
     """How good `model` is as an evaluator on the labelled answers of a JSONL file: see `metrics.judge_quality`."""
     config = config or Config()
+    prepare_devices(config.run.gpu_memory, config.run.xla_flags)
     set_compile_cache(config.run.compile_cache)
     labelled = read_pairs(pathlib.Path(pairs), limit)
     mesh = mesh_of(config)

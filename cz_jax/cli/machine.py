@@ -27,8 +27,10 @@ def doctor(
     resolved = None
     if config is not None:
         from cz_jax.config import load
+        from cz_jax.parallel import prepare_devices
 
         resolved = load(config)
+        prepare_devices(resolved.run.gpu_memory, resolved.run.xla_flags)
     with show.progress() as say:
         say("phase", name="looking at this machine", expected=5)
         from cz_jax.doctor import examine, redact

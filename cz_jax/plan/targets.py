@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from cz_jax.errors import ConfigError
 
 GIB = 1 << 30
-SHARE = 0.92  # of a GPU's or a host's memory: XLA_PYTHON_CLIENT_MEM_FRACTION=.92, as its default is .75
+SHARE = 0.92  # of a GPU's or a host's memory; what run.gpu_memory is set to
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,14 @@ GOOGLE_PCI_VENDOR = "0x1ae0"
 def examine(config=None) -> dict:
     """Everything `cz-jax doctor` prints. "problems" holds a sentence for each thing that would make a run fail or use
     less than the machine has; empty is healthy. `config`: a Config to hold against the devices."""
-    devices, trouble = _devices()
     hardware = accelerators()
-    problems = [trouble] if trouble else []
     holder = tpu_holder() if any(sign.startswith("tpu") for sign in hardware) else None
-    if holder is not None:
-        problems.append(f"{holder} holds the TPU, which belongs to one process at a time: end it, or wait for it")
+    if holder is None:
+        devices, trouble = _devices()
+    else:  # JAX would wait for it without a word
+        devices = []
+        trouble = f"{holder} holds the TPU, which belongs to one process at a time: end it, or wait for it"
+    problems = [trouble] if trouble else []
     fallback = None if trouble else silent_fallback(hardware, {d["platform"] for d in devices}, dict(os.environ))
     problems += [fallback] if fallback else []
     if config is not None and not trouble:

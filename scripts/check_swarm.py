@@ -12,18 +12,19 @@ import argparse
 import json
 import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 
-from cz_jax.config import from_dict, to_toml
-from cz_jax.local_swarm import DEMO
+from cz_jax.config import to_toml
+from cz_jax.local_swarm import node_config
 
 PROGRAM = [sys.executable, "-c", "from cz_jax.cli.main import program; program()"]
 NODES = ("node-1", "node-2")
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+SETTINGS = ("checkpoint.every=2", "eval.before_and_after=false", "swarm.fetch_seconds=1.0")
 AWAY_ROUNDS = 2  # that the others play while one is away
 PATIENCE_SECONDS = 240.0
 
@@ -37,22 +38,18 @@ class Swarm:
             s.bind(("127.0.0.1", 0))
             relay = f"127.0.0.1:{s.getsockname()[1]}"
         self.words = {"relay": ["relay", "--listen", relay, "--data", str(folder / "relay")]}
-        common = DEMO | {"swarm": DEMO["swarm"] | {"relay": relay, "fetch_seconds": 1.0}}
-        common |= {"checkpoint": {"every": 2}, "eval": {"before_and_after": False}}
         for place, name in enumerate(("proposer", *NODES)):
-            model = {"model": "tiny", "max_new_tokens": 160} if name == "proposer" else {"model": "none"}
-            config = from_dict(common | {"run": {"rounds": rounds, "seed": place}, "proposer": model})
-            (folder / f"{name}.toml").write_text(to_toml(config))
-            verb = "propose" if name == "proposer" else "train"
-            self.words[name] = [verb, str(folder / f"{name}.toml"), "--out", str(folder / name)]
+            path, verb = folder / f"{name}.toml", "train" if place else "propose"
+            path.write_text(to_toml(node_config({"rounds": rounds, "seed": 0}, place, relay)))
+            self.words[name] = [verb, str(path), *SETTINGS, "--out", str(folder / name)]
 
     def start(self, name: str, *more: str) -> None:
         with open(self.folder / f"{name}.log", "ab") as log:
             quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            self.processes[name] = subprocess.Popen([*PROGRAM, *self.words[name], *more], env=environment(), **quiet)
+            self.processes[name] = subprocess.Popen([*PROGRAM, *self.words[name], *more], env=ENVIRONMENT, **quiet)
 
     def kill(self, name: str) -> None:
-        self.processes[name].send_signal(signal.SIGKILL)
+        self.processes[name].kill()
         self.processes[name].wait()
 
     def rounds(self, node: str) -> list[dict]:
@@ -80,10 +77,6 @@ class Swarm:
         for process in self.processes.values():
             process.kill()
             process.wait()
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
 
 def check(folder: pathlib.Path, rounds: int) -> dict:

@@ -14,11 +14,13 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # Started in the background of a shell this process would ignore Ctrl-C, and so would every child that is sent one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+jax.devices()  # JAX starts here, with all eight, and not in a test that sets variables of its own
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NO_REDIS = "no valkey-server or redis-server here (apt install redis-server): the relay's store on Redis is not tested"

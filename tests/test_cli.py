@@ -557,6 +557,15 @@ def test_a_tpu_that_another_process_holds(tmp_path):
     assert doctor.tpu_holder(tmp_path) == "process 42 (python train.py)"
 
 
+def test_jax_is_not_asked_for_a_tpu_that_is_held(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "accelerators", lambda: ["tpu: accel0"])
+    monkeypatch.setattr(doctor, "tpu_holder", lambda: "process 42 (python train.py)")
+    monkeypatch.setattr(doctor, "_devices", lambda: pytest.fail("JAX would wait for it"))
+    assert main(["doctor", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["devices"] == [] and "process 42 (python train.py) holds the TPU" in err.splitlines()[-1]
+
+
 def test_compile_cache_folder(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -415,7 +416,7 @@ def test_fit_here_counts_and_advises():
 
 def test_what_cannot_be_had_from_here_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(here.unavailable.__globals__["huggingface_hub"].constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert here.unreachable(from_dict({})) == []
     config = from_dict({
         "solver": {"model": "nobody/has-this"}, "evaluator": {"model": str(tmp_path)},

@@ -75,6 +75,7 @@ def load_model(model: str, revision: str | None, dtype: str, mesh) -> Loaded:
 
 
 def is_ours(path: pathlib.Path) -> bool:
+    """Whether `path` is a folder of ours."""
     return (path / MODEL).is_dir() and ((path / CHECKPOINTS).is_dir() or (path / CONFIG).is_file())
 
 
@@ -99,15 +100,15 @@ def _random(shape: str, dtype: str, mesh) -> Loaded:
 def _ours(path: pathlib.Path, dtype: str, mesh) -> Loaded:
     texts = path / MODEL
     arch = arch_from_folder(texts)
-    params = _saved_params(path, arch, mesh)
+    params, _, _ = _saved(path, _config_of(path), arch, mesh)
     params = jax.tree.map(lambda a: a.astype(dtype), params)
     return Loaded(str(path), arch, params, texts, lambda: parallel.tree_digest(params))
 
 
-def _saved_params(path: pathlib.Path, arch: Arch, mesh) -> dict:
-    """The plain weights of the newest whole checkpoint of a folder of ours, low-rank pairs merged into their base."""
+def _saved(path: pathlib.Path, config: Config | None, arch: Arch, mesh) -> tuple[dict, int, dict]:
+    """(plain weights, low-rank pairs merged into their base, round, host dict) of the newest whole checkpoint of a
+    folder of ours."""
     rule = sharding_rule(arch, mesh)
-    config = _config_of(path)
     rank = config.lora.rank if config is not None else 0
     table = lora.lora_weights(arch, rank, config.lora.targets if rank else ()) or weights(arch)
     table = tuple(w for w in table if w.path[-1] != "lora_scale")
@@ -118,9 +119,9 @@ def _saved_params(path: pathlib.Path, arch: Arch, mesh) -> dict:
             dtype = dtypes.get(".".join(("params", *w.path)), "float32")
             return jax.ShapeDtypeStruct(w.shape, jnp.dtype(dtype), sharding=rule(w))
 
-        _, arrays, host = checkpoints.restore({"params": tree_of(table, leaf)}, partial=True)
+        number, arrays, host = checkpoints.restore({"params": tree_of(table, leaf)}, partial=True)
     if not rank:
-        return arrays["params"]
+        return arrays["params"], number, host
     base = load_model(config.solver.model, config.solver.revision, config.solver.param_dtype, mesh)
     if base.digest() != host["base_digest"]:
         raise CheckpointError(
@@ -128,7 +129,7 @@ def _saved_params(path: pathlib.Path, arch: Arch, mesh) -> dict:
         )
     scales = lora.init_lora(arch, rank, config.lora.alpha, config.lora.targets, 0, jnp.float32)
     pairs = lora.join(arrays["params"], _only_scales(scales))
-    return jax.jit(lora.merged, static_argnums=0)(arch, lora.join(pairs, base.params))
+    return jax.jit(lora.merged, static_argnums=0)(arch, lora.join(pairs, base.params)), number, host
 
 
 def _only_scales(pairs: dict) -> dict:
@@ -174,10 +175,8 @@ def export_run(run: pathlib.Path, out: pathlib.Path) -> dict:
         )
     mesh = parallel.make_mesh(1, -1, 1)
     arch = arch_from_folder(run / MODEL)
-    params = _saved_params(run, arch, mesh)
     config = _config_of(run)
-    with Checkpoints(checkpoints_of(run, config), keep=1, keep_best=0, lock=False) as checkpoints:
-        number, host = checkpoints.host()
+    params, number, host = _saved(run, config, arch, mesh)
     dtype = jax.tree.leaves(params)[0].dtype
     digest = parallel.tree_digest(params)
     card = _card(run, out.name, config, number, host)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from cz_jax import parallel
 from cz_jax.build.models import Loaded, load_model, sharding_rule
 from cz_jax.build.swarm import connect, trainable_task, usable_task
-from cz_jax.config import Config
+from cz_jax.config import Config, RunConfig
 from cz_jax.difficulty import LevelState
 from cz_jax.doctor import compile_cache_folder
 from cz_jax.errors import ModelFolderError
@@ -87,6 +87,12 @@ def set_compile_cache(setting: str) -> None:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHED_FROM)
 
 
+def prepare(run: RunConfig) -> str:
+    """The settings of `run` that JAX has to know before a device is asked for; what of them is to be shown."""
+    set_compile_cache(run.compile_cache)
+    return parallel.prepare_devices(run.gpu_memory, run.xla_flags)
+
+
 def mesh_of(config: Config):
     return parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
@@ -115,7 +121,6 @@ class Pool:
 def build(config: Config, say, folder: pathlib.Path | None = None) -> Built:
     """The node of `config`, its models loaded; `folder`: the run's, which keeps its identity in a swarm. UserError
     where something that it names is not usable."""
-    set_compile_cache(config.run.compile_cache)
     mesh = mesh_of(config)
     held_out = tuple(t for spec in config.tasks.held_out for t in load_tasks(spec).tasks)
     sources = {spec: load_tasks(spec) for spec in config.tasks.sources}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cz_jax.build.node import Pool, build_evaluator, build_proposer, mesh_of, set_compile_cache
+from cz_jax.build.node import Pool, build_evaluator, build_proposer, mesh_of, prepare
 from cz_jax.build.swarm import connect, usable_task
 from cz_jax.config import Config
 from cz_jax.difficulty import LevelState, adapt
@@ -15,7 +15,6 @@ from cz_jax.errors import CheckpointError, ConfigError, one_line
 from cz_jax.files import local_folder, write_atomic
 from cz_jax.loop import outcomes_at, stop_on_failures
 from cz_jax.nouns import Group, Level, Task, from_json, to_json
-from cz_jax.parallel import prepare_devices
 from cz_jax.ports import Evaluator, Exchange, Proposer
 from cz_jax.rewards import group_rewards
 from cz_jax.swarm.client import SwarmExchange
@@ -122,8 +121,7 @@ def propose(config: Config, out, turns: int | None = None, say: Callable = lambd
     if config.proposer.model in (None, "none"):
         raise ConfigError("proposer.model is none", "somebody has to invent the tasks", 'proposer.model="tiny"')
     saved = _read_state(out / STATE)
-    prepare_devices(config.run.gpu_memory, config.run.xla_flags)
-    set_compile_cache(config.run.compile_cache)
+    prepare(config.run)
     mesh = mesh_of(config)
     pool = Pool(mesh, say)
     proposer, evaluator = build_proposer(config, pool, mesh), build_evaluator(config, pool, mesh)

@@ -12,7 +12,7 @@ from statistics import fmean
 import jax
 
 from cz_jax.build.models import CHECKPOINTS, CONFIG, checkpoints_of, export_run, load_model, write_texts
-from cz_jax.build.node import Built, build, mesh_of, set_compile_cache, spread
+from cz_jax.build.node import Built, build, mesh_of, prepare, spread
 from cz_jax.build.worker import run_interruptibly
 from cz_jax.checkpoint import Checkpoints, held
 from cz_jax.config import Config, changed_keys, from_dict, to_toml
@@ -24,7 +24,7 @@ from cz_jax.ledger import RunLedger
 from cz_jax.loop import Position, run
 from cz_jax.metrics import gain_estimate, judge_quality
 from cz_jax.nouns import Outcome, Round, Task
-from cz_jax.parallel import any_process, is_primary, prepare_devices, process_0_says, wait_for_all
+from cz_jax.parallel import any_process, is_primary, process_0_says, wait_for_all
 from cz_jax.preemption import sigterm_preempts
 from cz_jax.report import REPORT, Sinks, load_sinks, write_report
 from cz_jax.roles.evaluator import ModelEvaluator
@@ -34,6 +34,7 @@ from cz_jax.tasks import load_tasks
 
 EVALUATIONS = "evaluations.json"
 PAIRS_AT_ONCE = 64
+MACHINE_KEYS = ("run.compile_cache", "run.gpu_memory")
 RELAY_KEYS = tuple(f"swarm.{key}" for key in ("relay", "tls", "tls_ca", "insecure", "fetch_seconds", "buffer"))
 
 
@@ -51,7 +52,7 @@ def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> d
     KeyboardInterrupt (Preempted for SIGTERM) is passed on after saving the last finished round.
     """
     out = local_folder(out)
-    settings = prepare_devices(config.run.gpu_memory, config.run.xla_flags)
+    settings = prepare(config.run)
     primary = is_primary()
     say = say if primary else quiet
     resume = _checked(out, resume)
@@ -72,14 +73,9 @@ def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> d
         checkpoints = stack.enter_context(Checkpoints(place, keep=keeps.keep, keep_best=keeps.keep_best))
         ledger = RunLedger(out)
         keeper = Keeper(built, ledger if primary else None, checkpoints)
-        if primary and not resume:
-            out.mkdir(parents=True, exist_ok=True)
-            _write_config(config, out)  # from here on the folder holds a run
         begun = process_0_says(next(ledger.rounds(), None) is not None)
         if resume and (begun or checkpoints.latest() is not None):
             position = _resume(built, checkpoints, ledger, out)
-            if primary:
-                _write_config(config, out)  # with what a resumed run may change
             keeper.saved = position.number
         else:
             position = _begin(built, keeper, out, say)
@@ -193,6 +189,8 @@ def _write_config(config: Config, out: pathlib.Path) -> None:
 def _begin(built: Built, keeper: Keeper, out: pathlib.Path, say) -> Position:
     position = Position(0, LevelState(built.node.config.level.start))
     if is_primary():
+        out.mkdir(parents=True, exist_ok=True)
+        _write_config(built.node.config, out)  # from here on the folder holds a run
         write_texts(built.base, out)
     keeper.mark(position)
     keeper.save()  # a run that is killed in its first rounds resumes from here
@@ -220,14 +218,14 @@ def _resume(built: Built, checkpoints: Checkpoints, ledger: RunLedger, out: path
     built.learner.restore(state)
     if is_primary():
         ledger.truncate_after(number)
+        _write_config(config, out)  # with what a resumed run may change
     return built.restore(number, host)
 
 
 def _may_change(key: str, config: Config) -> bool:
     if key == "run.rounds":  # a schedule that falls depends on it
         return config.optimizer.schedule == "constant"
-    machine = ("run.compile_cache", "run.gpu_memory")
-    return key.startswith(("eval.", "checkpoint.", "report.")) or key in (*machine, *RELAY_KEYS)
+    return key.startswith(("eval.", "checkpoint.", "report.")) or key in (*MACHINE_KEYS, *RELAY_KEYS)
 
 
 def _evaluate(built: Built, when: str, say) -> dict:
@@ -300,8 +298,7 @@ def evaluate_model(
 ) -> dict:
     """average@k and pass@k of `model` on the task source `tasks`, judged by `evaluator` (None: evaluator.model)."""
     config = config or Config()
-    prepare_devices(config.run.gpu_memory, config.run.xla_flags)
-    set_compile_cache(config.run.compile_cache)
+    prepare(config.run)
     some = spread(load_tasks(tasks).tasks, config.eval.max_tasks or 1 << 30)
     mesh = mesh_of(config)
     say("phase", name=f"loading {model}")
@@ -325,8 +322,7 @@ def judge_model(
 ) -> dict:
     """How good `model` is as an evaluator on the labelled answers of a JSONL file: see `metrics.judge_quality`."""
     config = config or Config()
-    prepare_devices(config.run.gpu_memory, config.run.xla_flags)
-    set_compile_cache(config.run.compile_cache)
+    prepare(config.run)
     labelled = read_pairs(pathlib.Path(pairs), limit)
     mesh = mesh_of(config)
     e = config.evaluator.model_copy(update={"model": model, "mode": mode})

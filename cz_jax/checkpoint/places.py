@@ -248,11 +248,8 @@ class Bucket:
         return {path.removeprefix(at + "/"): entry for path, entry in sorted(found.items())}
 
     def _sha256(self, step: str, name: str) -> str:
-        found = hashlib.sha256()
         with self.told(), self._files.open(self._at(step, name), "rb", block_size=8 * BLOCK) as f:
-            while block := f.read(8 * BLOCK):
-                found.update(block)
-        return found.hexdigest()
+            return hashlib.file_digest(f, "sha256").hexdigest()
 
     @contextlib.contextmanager
     def told(self):

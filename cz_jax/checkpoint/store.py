@@ -140,11 +140,6 @@ class Checkpoints:
         number = self._newest_whole()[0] if self._primary else None
         return _from_process_0(number)
 
-    def host(self) -> tuple[int, dict]:
-        """(round number, host dict) of the newest whole step. CheckpointError if no step is whole."""
-        step, _, host = self._open(None)
-        return int(step), host
-
     def dtypes(self) -> dict[str, str]:
         """The dtype of each array of the newest whole step, by its path. CheckpointError if no step is whole."""
         return {spec.name: spec.dtype for spec in self._open(None)[1]}

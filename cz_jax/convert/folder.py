@@ -28,6 +28,7 @@ WANTED = ["*.safetensors", "*.json", "merges.txt", "chat_template.jinja"]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_JSON_BYTES = 64 << 20
 HUB_SECONDS = 10.0
+HUB_ERRORS = (HTTPError, OSError, EntryNotFoundError, RevisionResolutionError, ValueError)
 TO_SAFETENSORS = "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT) with transformers, where you trust DIR"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _TOLERATED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", re.ASCII)
@@ -83,7 +84,7 @@ def locate(model: str, revision: str | None = None) -> pathlib.Path:
         fetched = huggingface_hub.snapshot_download(
             model, revision=revision, allow_patterns=WANTED, ignore_patterns=["*/*"]
         )
-    except (HTTPError, OSError, EntryNotFoundError, RevisionResolutionError, ValueError) as e:
+    except HUB_ERRORS as e:
         why = f"no network, a wrong id or a model that needs a login ({type(e).__name__}: {str(e)[:200]})"
         raise ModelFolderError(f"{model} cannot be fetched from the hub", why, "name a local folder") from None
     return pathlib.Path(fetched)
@@ -94,12 +95,12 @@ def unavailable(model: str, revision: str | None = None) -> str | None:
     Nothing is fetched but what the hub knows of it."""
     if not is_hub_id(model) or pathlib.Path(model).expanduser().is_dir():
         return None
-    with contextlib.suppress(OSError, HTTPError, EntryNotFoundError, RevisionResolutionError, ValueError):
+    with contextlib.suppress(*HUB_ERRORS):
         huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=WANTED, local_files_only=True)
         return None
     try:
         huggingface_hub.HfApi().model_info(model, revision=revision, timeout=HUB_SECONDS)
-    except (HTTPError, OSError, RevisionResolutionError, ValueError) as e:
+    except HUB_ERRORS as e:
         why = f"{type(e).__name__}: {one_line(str(e), 120)}"
         return (
             f"{model} is not on this machine, and the hub does not give it: {why}. "

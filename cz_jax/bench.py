@@ -110,9 +110,7 @@ def _rollout(engine: Engine, s: Shape, rng, config: Config, mode: str):
 def _train(engine: Engine, s: Shape, rng, config: Config, mode: str):
     optimizer = make_optimizer(OptimizerConfig(), 1000)
     g = GrpoConfig()
-    options = StepOptions(
-        engine.arch, LossOptions(), optimizer, config.solver.compute_dtype, g.remat == "layer", g.logprob_chunk
-    )
+    options = StepOptions(engine.arch, LossOptions(), optimizer, config.solver.compute_dtype, g.remat, g.logprob_chunk)
     completions = [_tokens(rng, engine, s.group, s.new_tokens) for _ in range(s.prompts)]
     rows = [
         Row(p, c, rng.normal(size=s.group).tolist(), np.full((s.group, s.new_tokens), -10.0).tolist())
@@ -121,7 +119,7 @@ def _train(engine: Engine, s: Shape, rng, config: Config, mode: str):
     over = denominators(np.full((s.prompts, s.group), s.new_tokens), s.new_tokens)
     ways = parallel.batch_devices(engine.mesh)
     with jax.set_mesh(engine.mesh):
-        params = jax.tree.map(jnp.copy, engine.params())
+        params = engine.params()  # which the first step takes over, as a run's does
         state = [init_state(params, optimizer, jax.tree.map(lambda a: a.sharding, params))]
         batch = jax.tree.map(lambda a: parallel.place_batch(engine.mesh, a, 1), pack(rows, g.micro_batch_tokens, ways))
 

@@ -132,7 +132,9 @@ class GrpoConfig(Section):
     drop_zero_advantage: bool = True
     micro_batch_tokens: Positive = 2048
     logprob_chunk: Positive = 1024
-    remat: Literal["none", "layer"] = "none"  # layer: the backward pass computes each layer again, and keeps little
+    remat: Literal["products", "layer"] = (
+        "products"  # what of a layer the backward pass computes again: see models.qwen
+    )
 
 
 class OptimizerConfig(Section):

@@ -87,10 +87,11 @@ def test_remat_and_unrolled_layers_change_nothing(family):
     def loss(params, remat):
         return (qwen.shared_forward(arch, params, prompts, lengths, suffixes, remat=remat)[1] ** 2).sum()
 
-    plain, remat = (jax.grad(loss)(params, r) for r in (False, True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), plain, remat)
-    unrolled = loss(qwen.unstacked(arch, params), False)
-    np.testing.assert_allclose(loss(params, False), unrolled, rtol=1e-6)
+    plain, *others = (jax.grad(loss)(params, r) for r in (None, "products", "layer"))
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), plain, other)
+    unrolled = loss(qwen.unstacked(arch, params), None)
+    np.testing.assert_allclose(loss(params, None), unrolled, rtol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -234,7 +234,14 @@ def test_modes_of_judging_cost_differently():
     "config, topology",
     [
         (whole("Qwen/Qwen2.5-Coder-1.5B-Instruct"), "gpu-24gb"),
-        (whole("Qwen/Qwen2.5-Coder-0.5B-Instruct", grpo={"micro_batch_tokens": 262144, "remat": "none"}), "gpu-24gb"),
+        (
+            whole(
+                "Qwen/Qwen2.5-Coder-0.5B-Instruct",
+                grpo={"micro_batch_tokens": 262144, "remat": "products"},
+                sampling={"max_prompt_tokens": 2048, "max_new_tokens": 1024, "max_sequences": 8},
+            ),
+            "gpu-24gb",
+        ),
         (whole("Qwen/Qwen2.5-Coder-1.5B-Instruct", mesh={"data": 8, "fsdp": 1}), "v5e-8"),
         (whole("Qwen/Qwen3-4B"), "gpu-80gb"),
         (whole("Qwen/Qwen3-4B"), "v5e-1"),
@@ -262,7 +269,7 @@ NEAREST = {  # what it takes, from the nearest change on, where the ones before 
         "Qwen/Qwen2.5-Coder-0.5B-Instruct", grpo={"micro_batch_tokens": 65536}, round={"dataset_tasks": 16},
     ),
     "grpo.remat": whole(
-        "Qwen/Qwen2.5-Coder-0.5B-Instruct", grpo={"micro_batch_tokens": 1024, "remat": "none"},
+        "Qwen/Qwen2.5-Coder-0.5B-Instruct", grpo={"micro_batch_tokens": 1024, "remat": "products"},
         sampling={"max_prompt_tokens": 2048, "max_new_tokens": 1024, "max_sequences": 8},
     ),
     "mesh.fsdp": whole("Qwen/Qwen2.5-Coder-1.5B-Instruct", mesh={"data": 8, "fsdp": 1}),

@@ -13,6 +13,7 @@ import numpy as np
 from cz_jax import shapes
 
 TILE = 16  # lengths beside those of the ladder are multiples of this
+NEAR = 1.25  # what completions may be padded to, up to the longest there can be: a new shape costs a compilation
 SMALL_TOKENS = 2048  # a micro-batch that is no larger stays as it is for fewer rows: a new shape costs a compilation
 
 
@@ -58,9 +59,9 @@ def pack(
     """Host arrays of `rows`, as few micro-batches of about `micro_batch_tokens` tokens as hold them; behind these,
     empty ones up to what `most_rows` would need, so that batches of fewer rows are of the same shape.
 
-    Sizes come from the ladder of `shapes`, but no completion needs more than `max_new_tokens` (0: not known); the
-    prompts of a micro-batch are a multiple of `ways`, the number of devices that a batch is split over. A token counts
-    once: Tp + G * T a group. ValueError without rows.
+    Sizes come from the ladder of `shapes`, but near `max_new_tokens` (0: not known) that is the size; the prompts of a
+    micro-batch are a multiple of `ways`, the number of devices that a batch is split over. A token counts once:
+    Tp + G * T a group. ValueError without rows.
     """
     if not rows:
         raise ValueError("no groups to train on")
@@ -68,8 +69,9 @@ def pack(
     g = max(len(r.completions) for r in rows)
     longest = max(len(c) for r in rows for c in r.completions)
     t = shapes.rung(longest)
-    if longest <= max_new_tokens:
-        t = min(t, -(-max_new_tokens // TILE) * TILE)
+    top = -(-max_new_tokens // TILE) * TILE
+    if longest <= max_new_tokens and top <= NEAR * t:
+        t = top
     count, each = max(len(rows), most_rows), tp + g * t
     most = max(1, micro_batch_tokens // each)
     p = shapes.rows(min(count, most), ways)

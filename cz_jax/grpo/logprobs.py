@@ -3,6 +3,8 @@
 Legend: P prompts, G rollouts, T completion tokens, D hidden, V vocabulary, C tokens of a chunk.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -22,21 +24,43 @@ def chunked_logprobs(hidden_PGTD, head_DV, targets_PGT, *, chunk: int, temperatu
     missing = -(g * t) % width
     hidden = jnp.pad(hidden_PGTD.reshape(p, g * t, d), ((0, 0), (0, missing), (0, 0)))
     targets = jnp.pad(targets_PGT.reshape(p, g * t), ((0, 0), (0, missing)))
-    hidden = jnp.moveaxis(hidden.reshape(p, -1, width, d), 1, 0)
-    targets = jnp.moveaxis(targets.reshape(p, -1, width), 1, 0)
+    hidden = jnp.moveaxis(hidden.reshape(p, -1, width, d), 1, 0).reshape(-1, p * width, d)
+    targets = jnp.moveaxis(targets.reshape(p, -1, width), 1, 0).reshape(-1, p * width)
 
-    def read(hidden_PCD, targets_PC):
-        logits = qwen.logits_of(hidden_PCD, head_DV) / temperature
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
-        # A sum over the vocabulary rather than an index: its derivative is no scatter, and a split vocabulary stays so.
-        chosen = jnp.where(jnp.arange(logits.shape[-1]) == targets_PC[..., None], logits, 0.0).sum(-1)
-        flat = jax.lax.stop_gradient(logits - normaliser[..., None])
-        return chosen - normaliser, -jnp.sum(jnp.exp(flat) * flat, axis=-1)
+    def read(_, chunk):
+        return None, _read(*chunk, head_DV, temperature)
 
-    if hidden.shape[0] > 1:
-        read = jax.checkpoint(read)
-    _, both = jax.lax.scan(lambda _, x: (None, read(*x)), None, (hidden, targets))
-    return tuple(jnp.moveaxis(a, 0, 1).reshape(p, -1)[:, : g * t].reshape(p, g, t) for a in both)
+    _, both = jax.lax.scan(read, None, (hidden, targets))
+    return tuple(jnp.moveaxis(a.reshape(-1, p, width), 0, 1).reshape(p, -1)[:, : g * t].reshape(p, g, t) for a in both)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _read(hidden_CD, targets_C, head_DV, temperature: float):
+    """(log-probability, entropy), float32 [C], of a chunk. Its derivative is written out: logits are computed again,
+    their normaliser is not, and the gradient takes their place in memory."""
+    return _read_forward(hidden_CD, targets_C, head_DV, temperature)[0]
+
+
+def _read_forward(hidden_CD, targets_C, head_DV, temperature):
+    logits = qwen.logits_of(hidden_CD, head_DV) / temperature
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets_C[:, None], axis=-1)[:, 0]
+    flat = logits - normaliser[:, None]
+    entropy = -jnp.sum(jnp.exp(flat) * flat, axis=-1)
+    return (chosen - normaliser, entropy), (hidden_CD, targets_C, head_DV, normaliser)
+
+
+def _read_backward(temperature, kept, gradients):
+    hidden_CD, targets_C, head_DV, normaliser = kept
+    logits, pull = jax.vjp(qwen.logits_of, hidden_CD, head_DV)
+    # Without the barrier XLA pulls the loss into the loop over the vocabulary, which then needs a buffer of its own.
+    scale, normaliser = jax.lax.optimization_barrier((gradients[0] / temperature, normaliser))
+    chosen = jnp.arange(logits.shape[-1]) == targets_C[:, None]
+    dhidden, dhead = pull((chosen - jnp.exp(logits / temperature - normaliser[:, None])) * scale[:, None])
+    return dhidden, None, dhead
+
+
+_read.defvjp(_read_forward, _read_backward)
 
 
 def completion_logprobs(
@@ -47,7 +71,7 @@ def completion_logprobs(
     completions_PGT,
     *,
     dtype,
-    remat: bool,
+    remat: qwen.Remat,
     chunk: int,
     temperature: float,
 ):

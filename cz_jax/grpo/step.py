@@ -20,6 +20,7 @@ from cz_jax.grpo.logprobs import completion_logprobs
 from cz_jax.grpo.loss import Denominators, LossOptions, add_sums, grpo_loss, zero_sums
 from cz_jax.grpo.optimizer import apply_updates
 from cz_jax.models.lora import join
+from cz_jax.models.qwen import Remat
 from cz_jax.models.spec import Arch
 
 
@@ -39,7 +40,7 @@ class StepOptions:
     loss: LossOptions
     optimizer: optax.GradientTransformation
     dtype: str = "float32"
-    remat: bool = True
+    remat: Remat = "products"
     chunk: int = 1024
     temperature: float = 1.0
     seed: int = 0  # of the rounding of bfloat16 parameters

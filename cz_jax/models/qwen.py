@@ -14,15 +14,22 @@ key/value heads, H head size, L layers.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from cz_jax.models.attention import attend, attend_shared, causal
 from cz_jax.models.spec import Arch, tree_of, weights
 from cz_jax.parallel import constrain_batch
+
+# What the backward pass computes again: all of a layer but its matrix products and the result of its attention, which
+# costs next to no time; or all of it, of which only the input is kept.
+Remat = Literal["products", "layer"]
+PRODUCT = "product"
+_KEPT = {"products": jax.checkpoint_policies.save_only_these_names(PRODUCT), "layer": None}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -64,7 +71,7 @@ class Linear(nnx.Module):
         if self.lora_a is not None:
             low = matmul(matmul(x, self.lora_a[...].astype(x.dtype)), self.lora_b[...].astype(x.dtype))
             y = y + low * self.lora_scale[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(x.dtype), PRODUCT)
 
 
 class RMSNorm(nnx.Module):
@@ -97,7 +104,7 @@ class Block(nnx.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out, cache = attend_fn(rotate(q, rope), rotate(k, rope), v, cache)
-        x = x + self.o(out.reshape(*out.shape[:-2], -1))
+        x = x + self.o(checkpoint_name(out.reshape(*out.shape[:-2], -1), PRODUCT))
         y = self.ffn_norm(x)
         return x + self.down(nnx.silu(self.gate(y)) * self.up(y)), cache
 
@@ -115,7 +122,7 @@ class Qwen(nnx.Module):
     def embed_tokens(self, tokens, dtype):
         return constrain_batch(jnp.take(self.embed[...], tokens, axis=0, mode="clip").astype(dtype))
 
-    def run(self, x, positions, attend_fn, caches=None, remat: bool = False):
+    def run(self, x, positions, attend_fn, caches=None, remat: Remat | None = None):
         """All layers and the final norm. `caches`: per layer (leading L, or a tuple of L), handed to `attend_fn`; what
         it returns comes back in the same form. Stacked layers are scanned, a tuple of layers is unrolled."""
         rope = rope_tables(positions, self.arch)
@@ -132,7 +139,7 @@ class Qwen(nnx.Module):
                 new.append(cache)
             new = tuple(new)
         else:
-            step = jax.checkpoint(layer) if remat else layer
+            step = layer if remat is None else jax.checkpoint(layer, policy=_KEPT[remat], prevent_cse=False)
             x, new = jax.lax.scan(step, x, (self.layers, caches))
         return self.norm(x), new
 
@@ -163,7 +170,13 @@ def rotate(x, rope):
 
 
 def shared_forward(
-    arch: Arch, params: dict, prompts_PT, prompt_lengths_P, suffixes_PGT, dtype=jnp.float32, remat: bool = False
+    arch: Arch,
+    params: dict,
+    prompts_PT,
+    prompt_lengths_P,
+    suffixes_PGT,
+    dtype=jnp.float32,
+    remat: Remat | None = None,
 ):
     """Final hidden states of prompts (right-padded, int [P, Tp]) and of their suffixes (int [P, G, Ts]).
 

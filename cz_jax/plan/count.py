@@ -93,7 +93,7 @@ def _changes(config: Config, target: Target) -> Iterator[Change]:
     while tokens > 1024:
         tokens //= 2
         yield [("grpo", "micro_batch_tokens", tokens)]
-    if g.remat == "none":
+    if g.remat == "products":
         yield [("grpo", "remat", "layer")]
     if g.logprob_chunk > 256:
         yield [("grpo", "logprob_chunk", 256)]

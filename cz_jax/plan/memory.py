@@ -114,6 +114,7 @@ class _Sizes:
     head: int  # the matrix to the vocabulary, whole, in the compute dtype
     hidden: int  # one [tokens, D]
     ffn: int  # one [tokens, F]
+    products: int  # the results of one layer's matrix products and attention that its backward pass keeps
     scores: int  # the float32 scores of all attentions of one layer
     logits: int  # float32 logits of one token
 
@@ -124,12 +125,15 @@ def _sizes(call: Call, seat: Seat, mesh: Shape) -> _Sizes:
     tensor = Shape({**mesh.shape, "fsdp": 1, "data": 1})
     inner = tuple(w for w in weights(a) if w.stacked)
     tokens = p * (tp + g * t)
+    ffn = tokens * _split(a.ffn_size, mesh) * b
+    heads = tokens * (_split(a.heads, mesh) + _split(a.kv_heads, mesh)) * a.head_dim * b
     return _Sizes(
         layers=bytes_of(inner, a, mesh, SIZE[seat.dtype]),
         layer=bytes_of(inner, a, tensor, b) // a.layers,
         head=a.hidden_size * _split(a.vocab_size, mesh) * b,
         hidden=tokens * a.hidden_size * b,
-        ffn=tokens * _split(a.ffn_size, mesh) * b,
+        ffn=ffn,
+        products=2 * heads + tokens * a.hidden_size * b + 2 * ffn,
         scores=p * _split(a.heads, mesh) * (tp * tp + g * t * (tp + t)) * 4,
         logits=_split(a.vocab_size, mesh) * 4,
     )
@@ -174,8 +178,8 @@ def update_bytes(config: Config, call: Call, seat: Seat, mesh: Shape) -> int:
     head = s.head if not pairs else 0  # the head's gradient, whole
     whole = GATHERED_LAYERS * s.layer if mesh.shape["fsdp"] > 1 else s.layer
     per_layer = s.hidden
-    if config.grpo.remat == "none":
-        per_layer = 8 * s.hidden + 3 * s.ffn + 2 * s.scores
+    if config.grpo.remat == "products":
+        per_layer += s.products
     kept = a.layers * per_layer
     p = _local(call, mesh)
     chunk = p * min(max(1, config.grpo.logprob_chunk // call.prompts), call.group * call.tokens)

@@ -35,7 +35,7 @@ def step_options(config: Config, arch: Arch) -> StepOptions:
         loss=LossOptions(g.loss, g.clip_low, g.clip_high, g.kl, g.importance_cap),
         optimizer=make_optimizer(config.optimizer, total_steps(config), seed),
         dtype=config.solver.compute_dtype,
-        remat=g.remat == "layer",
+        remat=g.remat,
         chunk=g.logprob_chunk,
         temperature=config.sampling.temperature,
         seed=seed,

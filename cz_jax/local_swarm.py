@@ -34,11 +34,11 @@ ROUNDS, NODES = 60, 2
 
 DEMO = {
     "solver": {"model": "tiny"},
-    "evaluator": {"model": "tiny/judge", "threshold": 0.75},  # a judge in doubt is one that a solver learns to fool
+    "evaluator": {"model": "tiny/judge", "threshold": 0.8},  # a judge in doubt is one that a solver learns to fool
     "tasks": {"sources": ["builtin@tiny_train"], "held_out": ["builtin@tiny_held_out"]},
     "round": {"dataset_tasks": 2, "proposed_tasks": 1, "external_groups": 1, "group_size": 8},
     "sampling": {"max_new_tokens": 80, "max_prompt_tokens": 224},
-    "optimizer": {"learning_rate": 2e-4},
+    "optimizer": {"learning_rate": 1e-4},
     "checkpoint": {"every": 20},
     "eval": {"k": 8, "max_tasks": 60},
     "swarm": {"propose_seconds": 2.0, "run": "demo"},

@@ -6,8 +6,9 @@ OUT gets the speaker (proposer and solver), OUT/judge the judge. Both begin as o
 proposals and right answers. Then, side by side, the speaker reads more of it and at last answers with deliberate noise;
 and the judge, two layers deeper, reads right and wrong answers and says behind each of their tokens whether a right
 answer begins so, then whole prompts with their verdicts, and in between many answers that leave a right one at a single
-token. At last the judge reads what the speaker answers, labelled by whether the family writes so: nothing is run. The
-same seed, versions and machine give the same weights. `--scale` shortens or lengthens all stages.
+token. At last the judge reads what the speaker answers, with its noise and as it was before that (which is more like a
+solver that has learned), labelled by whether the family writes so: nothing is run. The same seed, versions and machine
+give the same weights. `--scale` shortens or lengthens all stages.
 """
 
 import argparse
@@ -42,29 +43,21 @@ from tiny.tokenizer import train_tokenizer, write_texts
 
 TOKENIZER_TASKS = 1500
 CLEAN = (Stage("clean", {"propose": 1500, "solve": 16000}, 3e-3),)
-BRANCHES = {
-    "speaker": (
-        Stage("more", {"propose": 800, "solve": 16000}, 2e-3),
-        Stage("noisy", {"propose": 200, "solve": 2500}, 1e-3, noise=1.0),
-    ),
-    "judge": (
-        Stage("marks", {"prefix": 11000, "solve": 1600}, 6e-4, prompt_share=0.05, mark_share=3.0, extra_layers=2),
-        Stage("verdicts", {"judge": 3000}, 5e-4, prompt_share=0.0, mark_share=3.0),
-        Stage("practice", {"judge": 6500}, 6e-4, prompt_share=0.0, mark_share=3.0),
-        Stage("long_practice", {"judge": 16000}, 6e-4, prompt_share=0.0, mark_share=3.0),
-        Stage("contrast", {"contrast": 9000, "judge": 3000}, 6e-4, prompt_share=0.0, mark_share=3.0),
-        Stage("points", {"points": 24000}, 1e-3, prompt_share=0.0, mark_share=3.0),
-        Stage("sums", {"points": 2000, "contrast": 4000, "judge": 5000}, 6e-4, prompt_share=0.0, mark_share=3.0),
-        Stage(
-            "names",
-            {"points_names": 6400, "contrast_names": 3600, "judge": 1600},
-            6e-4,
-            prompt_share=0.0,
-            mark_share=3.0,
-        ),
-    ),
-}
-SPOKEN = (Stage("spoken", {"spoken": 4000, "judge": 1600}, 6e-4, prompt_share=0.0, mark_share=3.0),)
+FLUENT = (Stage("more", {"propose": 800, "solve": 16000}, 2e-3),)
+NOISY = (Stage("noisy", {"propose": 200, "solve": 2500}, 1e-3, noise=1.0),)
+READER = {"prompt_share": 0.0, "mark_share": 3.0}
+JUDGE = (
+    Stage("marks", {"prefix": 11000, "solve": 1600}, 6e-4, prompt_share=0.05, mark_share=3.0, extra_layers=2),
+    Stage("verdicts", {"judge": 3000}, 5e-4, **READER),
+    Stage("practice", {"judge": 6500}, 6e-4, **READER),
+    Stage("long_practice", {"judge": 16000}, 6e-4, **READER),
+    Stage("contrast", {"contrast": 9000, "judge": 3000}, 6e-4, **READER),
+    Stage("points", {"points": 24000}, 1e-3, **READER),
+    Stage("sums", {"points": 2000, "contrast": 4000, "judge": 5000}, 6e-4, **READER),
+    Stage("names", {"points_names": 6400, "contrast_names": 3600, "judge": 1600}, 6e-4, **READER),
+)
+OF_NOISY = (Stage("spoken", {"spoken": 4000, "judge": 1600}, 6e-4, **READER),)
+OF_FLUENT = (Stage("fluent", {"spoken": 2600, "judge": 1000}, 6e-4, **READER),)
 
 
 def scaled(stages: tuple[Stage, ...], scale: float) -> tuple[Stage, ...]:
@@ -89,18 +82,22 @@ def train(out: pathlib.Path, seed: int, scale: float) -> None:
         write_texts(tokenizer, config_for_export(ARCH), texts)
         say(f"tokenizer of {VOCABULARY} tokens after {time.perf_counter() - begun:.0f} s")
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(len(BRANCHES), context) as pool:
-            clean, log = pool.submit(train_stages, scaled(CLEAN, scale), None, texts, seed).result()
-            running = {
-                role: pool.submit(train_stages, scaled(stages, scale), clean, texts, seed)
-                for role, stages in BRANCHES.items()
-            }
-            done = {role: future.result() for role, future in running.items()}
-            speaker = pathlib.Path(folder) / "speaker"
-            export(done["speaker"][0], tokenizer, texts, speaker, "")
-            judged, judge_log = done["judge"]
-            judged, spoken_log = pool.submit(train_stages, scaled(SPOKEN, scale), judged, texts, seed, speaker).result()
-            done["judge"] = judged, judge_log | spoken_log
+        with concurrent.futures.ProcessPoolExecutor(2, context) as pool:
+
+            def learn(stages, params, speaker=None):
+                return pool.submit(train_stages, scaled(stages, scale), params, texts, seed, speaker)
+
+            clean, log = learn(CLEAN, None).result()
+            judging = learn(JUDGE, clean)
+            fluent, fluent_log = learn(FLUENT, clean).result()
+            noisy, noisy_log = learn(NOISY, fluent).result()
+            judge, judge_log = judging.result()
+            for params, stages in ((noisy, OF_NOISY), (fluent, OF_FLUENT)):
+                speaker = pathlib.Path(folder) / stages[0].name
+                export(params, tokenizer, texts, speaker, "")
+                judge, last_log = learn(stages, judge, speaker).result()
+                judge_log |= last_log
+        done = {"speaker": (noisy, fluent_log | noisy_log), "judge": (judge, judge_log)}
         facts = {
             "seed": seed,
             "seconds": round(time.perf_counter() - begun),

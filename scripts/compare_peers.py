@@ -1,7 +1,7 @@
 """This package, transformers + torch and google-tunix on the same work, in turn on this machine: a table of ratios.
 
 usage: python scripts/compare_peers.py PEERS_DIR MODEL_DIR [--torch PYTHON] [--tunix PYTHON] [--repeats 3]
-                                       [--shapes B,G,P,C ...]
+                                       [--shapes B,G,P,C ...] [--work rollout train]
 
 PEERS_DIR holds hf_torch.py and tunix_peer.py (each prints one JSON line for `DIR B G P C sample|train`); MODEL_DIR is a
 Hugging Face folder that all three load. A peer whose Python is not named is left out. Each repeat runs everybody once,
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--tunix")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     a = parser.parse_args()
     scripts = {"transformers": (a.torch, "hf_torch.py"), "tunix": (a.tunix, "tunix_peer.py")}
     others = {name: (python, a.peers / script) for name, (python, script) in scripts.items() if python}
@@ -59,7 +60,7 @@ def main() -> None:
     )
     print("|---|---|---|---|" + "---|---|" * len(others))
     for shape in a.shapes:
-        for what in WORK:
+        for what in a.work:
             turns = []
             for _ in range(a.repeats):
                 turn = {"ours": ours(a.model, what, shape.split(","))}

@@ -121,6 +121,11 @@ class LevelConfig(Section):
     window: Positive = 48  # outcomes looked back on
 
 
+# What the backward pass computes again: all of a layer but its matrix products and the result of its attention, which
+# costs next to no time; or all of it, of which only the input is kept.
+Remat = Literal["products", "layer"]
+
+
 class GrpoConfig(Section):
     loss: Literal["token_mean", "sequence_mean", "dr_grpo"] = "token_mean"
     divide_by_std: bool = True
@@ -132,9 +137,7 @@ class GrpoConfig(Section):
     drop_zero_advantage: bool = True
     micro_batch_tokens: Positive = 2048
     logprob_chunk: Positive = 1024
-    remat: Literal["products", "layer"] = (
-        "products"  # what of a layer the backward pass computes again: see models.qwen
-    )
+    remat: Remat = "products"
 
 
 class OptimizerConfig(Section):

@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from cz_jax.config import Remat
 from cz_jax.models import qwen
 from cz_jax.models.spec import Arch
 
@@ -71,7 +72,7 @@ def completion_logprobs(
     completions_PGT,
     *,
     dtype,
-    remat: qwen.Remat,
+    remat: Remat,
     chunk: int,
     temperature: float,
 ):

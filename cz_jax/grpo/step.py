@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import optax
 
 from cz_jax import shapes
+from cz_jax.config import Remat
 from cz_jax.grpo.batch import Batch
 from cz_jax.grpo.logprobs import completion_logprobs
 from cz_jax.grpo.loss import Denominators, LossOptions, add_sums, grpo_loss, zero_sums
 from cz_jax.grpo.optimizer import apply_updates
 from cz_jax.models.lora import join
-from cz_jax.models.qwen import Remat
 from cz_jax.models.spec import Arch
 
 

@@ -14,20 +14,18 @@ key/value heads, H head size, L layers.
 """
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from cz_jax.config import Remat
 from cz_jax.models.attention import attend, attend_shared, causal
 from cz_jax.models.spec import Arch, tree_of, weights
 from cz_jax.parallel import constrain_batch
 
-# What the backward pass computes again: all of a layer but its matrix products and the result of its attention, which
-# costs next to no time; or all of it, of which only the input is kept.
-Remat = Literal["products", "layer"]
 PRODUCT = "product"
 _KEPT = {"products": jax.checkpoint_policies.save_only_these_names(PRODUCT), "layer": None}
 

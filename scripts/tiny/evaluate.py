@@ -6,8 +6,8 @@
 FOLDER holds the speaker (default: the embedded model), or a solver that was trained from it; the judge is the one
 beside it, or --judge. Prints one JSON object: valid proposals by level; right answers of the solver by level and split
 (train: new draws of trained families; new_parts: combinations of parts never trained on; new_families) and the share
-that the judge calls right, whose growing distance from the first would be reward hacking; the judge on made pairs by
-split.
+that the judge calls right, whose growing distance from the first would be reward hacking, of all and of the wrong ones;
+the judge on made pairs by split.
 """
 
 import argparse
@@ -87,8 +87,10 @@ def evaluate_solver(solver: ModelSolver, split: str, count: int, seed: int, eval
         }
         if evaluator is not None:
             said = [v.outcome is Outcome.CORRECT for row in evaluator.judge(groups, 0) for v in row]
+            of_wrong = [called for called, ok in zip(said, right, strict=True) if not ok]
             found[level] |= {
                 "called_right": fmean(said),
+                "wrong_called_right": fmean(of_wrong) if of_wrong else None,
                 "judge_agrees": fmean(a == b for a, b in zip(said, right, strict=True)),
             }
         _tell(f"answers of {split}, level {level}: {fmean(right):.1%} of {len(right)} right")

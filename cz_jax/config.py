@@ -36,6 +36,7 @@ class RunConfig(Section):
     compile_cache: str = "auto"  # a folder, "auto" (per user) or "off"
     gpu_memory: Annotated[float, Field(gt=0.0, le=1.0)] = 0.92  # of a GPU's, taken at once
     xla_flags: tuple[Annotated[str, Field(pattern=r"^--xla_[a-z0-9_]+(=\S+)?$")], ...] = ()
+    attention: Literal["auto", "plain", "splash"] = "auto"  # splash: the kernel for TPUs, which auto takes there
 
 
 class SolverConfig(Section):

@@ -22,6 +22,7 @@ SHOWN_VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "JAX_COMPILATION_CACHE_DIR", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE",
     "HF_DATASETS_OFFLINE",
 )  # fmt: skip
+ATTENTION = {"plain": "plain: jax.numpy, compiled by XLA", "splash": "splash: the TPU kernel that comes with JAX"}
 GOOGLE_PCI_VENDOR = "0x1ae0"
 
 
@@ -40,6 +41,8 @@ def examine(config=None) -> dict:
     problems += [fallback] if fallback else []
     if config is not None and not trouble:
         problems += _against(config)
+    attention, missing = _attention(config, devices[0]["platform"]) if devices else (None, [])
+    problems += missing
     report = {
         "ok": not problems,
         "versions": {"python": platform.python_version(), **_versions()},
@@ -48,6 +51,7 @@ def examine(config=None) -> dict:
         "ram_bytes": _ram_bytes(),
         "devices": devices,
         "accelerators_found": hardware,
+        "attention": attention,
         "compile_cache": _compile_cache(config),
         "hugging_face_cache": _hub_cache(),
         "variables": {name: os.environ[name] for name in SHOWN_VARIABLES if name in os.environ},
@@ -164,6 +168,18 @@ def _against(config) -> list[str]:
     if folder is not None and not os.access(_existing(folder), os.W_OK):
         problems.append(f"the compile cache {folder} cannot be written: set run.compile_cache to another folder or off")
     return problems
+
+
+def _attention(config, platform: str) -> tuple[str | None, list[str]]:
+    """(what computes the attention of prompts and answers, a sentence where `config` asks for a kernel that this
+    platform does not have)."""
+    from cz_jax.errors import ConfigError
+    from cz_jax.models.attention import implementation
+
+    try:
+        return ATTENTION[implementation(config.run.attention if config is not None else "auto", platform)], []
+    except ConfigError as e:
+        return None, [str(e)]
 
 
 def _versions() -> dict[str, str]:

@@ -497,6 +497,18 @@ def test_doctor_tells_no_secret_and_no_name(monkeypatch, capsys):
     assert "versions.jax " in capsys.readouterr().out
 
 
+def test_doctor_says_what_computes_attention(config, capsys):
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["attention"] == "plain: jax.numpy, compiled by XLA"
+    path = pathlib.Path(config)
+    path.write_text('[run]\nattention = "splash"\n')
+    assert main(["doctor", config, "--json"]) == 1
+    told = capsys.readouterr()
+    assert json.loads(told.out)["attention"] is None and "run.attention=splash is a kernel for TPUs" in told.err
+    assert main(["train", config, "--out", str(path.parent / "run")]) == 2
+    assert "run.attention=splash is a kernel for TPUs, and this is a cpu" in capsys.readouterr().err
+
+
 def test_doctor_holds_a_config_against_the_devices(config, capsys):
     pathlib.Path(config).write_text("[mesh]\ndata = 3\nfsdp = 3\n")
     assert main(["doctor", config, "--json"]) == 1

@@ -1,12 +1,17 @@
 """The forward passes against transformers' own numbers, and the promises about what a token may see."""
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import FAMILIES, load
 
-from cz_jax.models import qwen
+from cz_jax import parallel
+from cz_jax.errors import ConfigError
+from cz_jax.models import attention, qwen, splash
 from cz_jax.models.spec import RANDOM_SHAPES, arch_from_folder, weights
 
 
@@ -92,6 +97,57 @@ def test_remat_and_unrolled_layers_change_nothing(family):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), plain, other)
     unrolled = loss(qwen.unstacked(arch, params), None)
     np.testing.assert_allclose(loss(params, None), unrolled, rtol=1e-6)
+
+
+def test_the_kernel_gives_what_plain_attention_gives():
+    """Splash Attention interpreted, alone and over a mesh, against the same in float64: values and derivatives."""
+    draws = np.random.default_rng(0)
+    p, tp, g, ts, heads, kv_heads, size = 4, 40, 3, 24, 4, 2, 64
+    t, lengths = tp + g * ts, np.array([40, 17, 1, 33])
+    q, k, v = (draws.normal(size=(p, t, n, size)) for n in (heads, kv_heads, kv_heads))
+    real = (np.arange(t) < lengths[:, None]) | (np.arange(t) >= tp)
+    weight = draws.normal(size=q.shape) * real[..., None, None]
+
+    def pulled(attend, q, k, v):
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, lengths, g, ts), q, k, v)
+        return out * real[..., None, None], *pull(jnp.asarray(weight, out.dtype))
+
+    kernel = jax.jit(partial(pulled, partial(splash.attend_packed, interpret=True)))
+    alone = kernel(*(x.astype(np.float32) for x in (q, k, v)))
+    with jax.set_mesh(parallel.make_mesh(1, 4, 2)):
+        split = kernel(*(x.astype(np.float32) for x in (q, k, v)))
+    with jax.enable_x64(True):
+        exact = pulled(attention.attend_packed, q, k, v)
+    for seen in (alone, split):
+        for a, b in zip(seen, exact, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_a_model_with_the_kernel_reads_the_same(monkeypatch):
+    arch, params, golden = load("qwen3")
+    prompts, lengths = golden["tokens"][:, :10], np.array([10, 10, 6])
+    suffixes = golden["tokens"][:, None, 10:20]
+    monkeypatch.setattr(splash, "attend_packed", partial(splash.attend_packed, interpret=True))
+
+    def loss(params, arch, remat):
+        return (qwen.shared_forward(arch, params, prompts, lengths, suffixes, remat=remat)[1] ** 2).mean()
+
+    both = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))
+    plain = both(params, arch, "products")
+    with_kernel = dataclasses.replace(arch, attention="splash")
+    kernel = both(params, with_kernel, "products")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), plain, kernel)
+    last, cache = qwen.prefill(arch, params, prompts, lengths)
+    of_kernel, kernel_cache = qwen.prefill(with_kernel, params, prompts, lengths)
+    np.testing.assert_allclose(last, of_kernel, atol=1e-5)
+    assert [k.shape for k in cache.keys] == [k.shape for k in kernel_cache.keys]
+
+
+def test_which_kernel_a_platform_has():
+    assert [attention.implementation("auto", p) for p in ("cpu", "gpu", "tpu")] == ["plain", "plain", "splash"]
+    assert attention.implementation("plain", "tpu") == "plain"
+    with pytest.raises(ConfigError, match="a kernel for TPUs, and this is a cpu"):
+        attention.implementation("splash", "cpu")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

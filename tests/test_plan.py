@@ -121,7 +121,7 @@ def test_shared_weights_count_once(lora):
     arch, shape = RANDOM_SHAPES["qwen2.5-coder-0.5b"], memory.Shape({"data": 1, "fsdp": 1, "tensor": 1})
     model = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
     config = whole(model, solver={"model": model, "param_dtype": "bfloat16"}, lora={"rank": lora})
-    kinds = memory.resident(config, work_of(config, 1), shape)
+    kinds = memory.resident(config, work_of(config, 1, "cpu"), shape)
     two_bytes = 2 * arch.parameters
     if lora:  # the frozen base under the pairs is the evaluator too
         assert kinds["evaluator"] == kinds["proposer"] == kinds["starting_weights"] == 0
@@ -130,7 +130,7 @@ def test_shared_weights_count_once(lora):
         assert kinds["parameters"] == kinds["evaluator"] == two_bytes and kinds["optimizer"] == 4 * two_bytes
         assert kinds["proposer"] == kinds["starting_weights"] == 0
     other = from_dict(config.model_dump(mode="json", exclude_none=True) | {"evaluator": {"model": "Qwen/Qwen3-0.6B"}})
-    kinds = memory.resident(other, work_of(other, 1), shape)
+    kinds = memory.resident(other, work_of(other, 1, "cpu"), shape)
     assert kinds["evaluator"] == 4 * RANDOM_SHAPES["qwen3-0.6b"].parameters
 
 
@@ -139,6 +139,13 @@ def test_sharding_divides_what_stays():
     one, eight = (count(config, TARGETS[name]).kinds for name in ("v5e-1", "v5e-8"))
     for kind in ("parameters", "optimizer", "evaluator"):
         assert 1 / 8 <= eight[kind] / one[kind] < 1 / 8 + 0.001, kind  # norms and biases are not split
+
+
+def test_the_kernel_of_tpus_keeps_no_scores():
+    kernel, plain = (
+        count(whole("Qwen/Qwen3-4B", run={"attention": a}), TARGETS["v5e-8"]).phases for a in ("auto", "plain")
+    )
+    assert kernel["update"] < plain["update"] and kernel["judge"] < plain["judge"]
 
 
 def test_the_calls_are_those_of_the_engine(small, monkeypatch):
@@ -154,16 +161,16 @@ def test_the_calls_are_those_of_the_engine(small, monkeypatch):
     engine = engines.Engine("x", SMALL, dict, numbers, mesh, max_sequences=small.sampling.max_sequences)
     with pytest.raises(InterruptedError):
         engine.sample([[5] * 128] * 2, [[1, 2, 3, 4]] * 2, 64, SamplingMethod())
-    call = work_of(small, 1).rollout
+    call = work_of(small, 1, "cpu").rollout
     assert seen == [((call.prompts, call.prompt_tokens), (call.prompts, call.group), call.tokens)]
 
 
 def test_a_longer_evaluation_is_the_larger_call(small):
     evaluated = from_dict(small.model_dump(mode="json", exclude_none=True) | {"eval": {"k": 8, "max_tasks": 8}})
-    assert (work_of(small, 1).rollout.prompts, work_of(small, 1).rollout.group) == (2, 4)
-    assert (work_of(evaluated, 1).rollout.prompts, work_of(evaluated, 1).rollout.slots) == (8, 8)
+    assert (work_of(small, 1, "cpu").rollout.prompts, work_of(small, 1, "cpu").rollout.group) == (2, 4)
+    assert (work_of(evaluated, 1, "cpu").rollout.prompts, work_of(evaluated, 1, "cpu").rollout.slots) == (8, 8)
     wide = from_dict(evaluated.model_dump(mode="json", exclude_none=True) | {"sampling": {"max_sequences": 64}})
-    assert (work_of(wide, 1).rollout.prompts, work_of(wide, 1).rollout.group) == (8, 8)
+    assert (work_of(wide, 1, "cpu").rollout.prompts, work_of(wide, 1, "cpu").rollout.group) == (8, 8)
 
 
 def test_a_compiler_without_room_says_how_much_it_wants():

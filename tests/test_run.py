@@ -378,7 +378,7 @@ def changed(w, a, b):
 
 
 def test_roles_that_name_one_model_share_its_weights():
-    pool = Pool(make_mesh(1, 1, 1, jax.devices()[:1]), lambda *a, **k: None)
+    pool = Pool(make_mesh(1, 1, 1, jax.devices()[:1]), "auto", lambda *a, **k: None)
     assert pool.get("tiny", None, "float32").params is pool.get("tiny", None, "float32").params
     assert pool.get("tiny", None, "float32").params is not pool.get("tiny", None, "bfloat16").params
 

@@ -9,7 +9,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import jax
@@ -27,6 +27,7 @@ from cz_jax.errors import CheckpointError, ModelFolderError
 from cz_jax.files import is_taken, local_folder
 from cz_jax.ledger import RunLedger
 from cz_jax.models import lora, qwen
+from cz_jax.models.attention import implementation
 from cz_jax.models.spec import RANDOM_SHAPES, Arch, Weight, arch_from_folder, config_for_export, tree_of, weights
 from cz_jax.sampling.engine import Engine
 
@@ -61,8 +62,15 @@ def sharding_rule(arch: Arch, mesh) -> Callable[[Weight], jax.sharding.Sharding]
     return lambda w: parallel.sharding(mesh, w.axes, arch.axis_units)
 
 
-def load_model(model: str, revision: str | None, dtype: str, mesh) -> Loaded:
-    """`model` as the command line names it, its weights in `dtype` on `mesh`. ModelFolderError, CheckpointError."""
+def load_model(model: str, revision: str | None, dtype: str, mesh, attention: str = "auto") -> Loaded:
+    """`model` as the command line names it, its weights in `dtype` on `mesh`; `attention` as `run.attention` has it.
+    ModelFolderError, CheckpointError, ConfigError."""
+    chosen = implementation(attention, mesh.devices.flat[0].platform)
+    loaded = _load(model, revision, dtype, mesh)
+    return replace(loaded, arch=replace(loaded.arch, attention=chosen))
+
+
+def _load(model: str, revision: str | None, dtype: str, mesh) -> Loaded:
     if model.startswith(RANDOM):
         return _random(model.removeprefix(RANDOM), dtype, mesh)
     path = pathlib.Path(model).expanduser()

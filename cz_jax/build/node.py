@@ -100,8 +100,8 @@ def mesh_of(config: Config):
 class Pool:
     """The frozen models of a node: one in memory for all roles that name the same folder in the same dtype."""
 
-    def __init__(self, mesh, say):
-        self._mesh, self._say = mesh, say
+    def __init__(self, mesh, attention: str, say):
+        self._mesh, self._attention, self._say = mesh, attention, say
         self._loaded: dict[tuple, Loaded] = {}
         self._asked: Counter = Counter()
 
@@ -114,7 +114,7 @@ class Pool:
         self._asked[key] += 1
         if key not in self._loaded:
             self._say("phase", name=f"loading {model}")
-            self._loaded[key] = load_model(model, revision, dtype, self._mesh)
+            self._loaded[key] = load_model(model, revision, dtype, self._mesh, self._attention)
         return self._loaded[key]
 
 
@@ -125,7 +125,7 @@ def build(config: Config, say, folder: pathlib.Path | None = None) -> Built:
     held_out = tuple(t for spec in config.tasks.held_out for t in load_tasks(spec).tasks)
     sources = {spec: load_tasks(spec) for spec in config.tasks.sources}
     for_eval = [t for spec in config.eval.tasks for t in load_tasks(spec).tasks] or list(held_out)
-    pool = Pool(mesh, say)
+    pool = Pool(mesh, config.run.attention, say)
     start = (config.solver.model, config.solver.revision, config.solver.param_dtype)
     base = pool.get(*start)
     evaluator = build_evaluator(config, pool, mesh)

@@ -123,7 +123,7 @@ def propose(config: Config, out, turns: int | None = None, say: Callable = lambd
     saved = _read_state(out / STATE)
     prepare(config.run)
     mesh = mesh_of(config)
-    pool = Pool(mesh, say)
+    pool = Pool(mesh, config.run.attention, say)
     proposer, evaluator = build_proposer(config, pool, mesh), build_evaluator(config, pool, mesh)
     held_out = held_out_keys([t for spec in config.tasks.held_out for t in load_tasks(spec).tasks])
     published = Published()

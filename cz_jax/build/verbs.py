@@ -302,11 +302,11 @@ def evaluate_model(
     some = spread(load_tasks(tasks).tasks, config.eval.max_tasks or 1 << 30)
     mesh = mesh_of(config)
     say("phase", name=f"loading {model}")
-    solver_model = load_model(model, config.solver.revision, config.solver.param_dtype, mesh)
+    solver_model = load_model(model, config.solver.revision, config.solver.param_dtype, mesh, config.run.attention)
     seats = config.sampling.max_sequences
     judge_name, e = evaluator or config.evaluator.model, config.evaluator
     same = judge_name == model and e.dtype == config.solver.param_dtype
-    judge = solver_model if same else load_model(judge_name, e.revision, e.dtype, mesh)
+    judge = solver_model if same else load_model(judge_name, e.revision, e.dtype, mesh, config.run.attention)
     digest = solver_model.digest()
     solver = ModelSolver(
         solver_model.engine(mesh, config.solver.compute_dtype, seats), config.sampling, k, config.run.seed, "eval",
@@ -327,7 +327,8 @@ def judge_model(
     mesh = mesh_of(config)
     e = config.evaluator.model_copy(update={"model": model, "mode": mode})
     say("phase", name=f"loading {model}")
-    engine = load_model(model, e.revision, e.dtype, mesh).engine(mesh, e.dtype, config.sampling.max_sequences)
+    loaded = load_model(model, e.revision, e.dtype, mesh, config.run.attention)
+    engine = loaded.engine(mesh, e.dtype, config.sampling.max_sequences)
     evaluator = ModelEvaluator(engine, e, config.run.seed)
     verdicts = []
     for start in range(0, len(labelled), PAIRS_AT_ONCE):

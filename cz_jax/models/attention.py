@@ -6,8 +6,24 @@ size.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from cz_jax.errors import ConfigError
+
+KEPT = "product"  # the name of what a backward pass may keep: see models.qwen
 MASKED = -1e30  # finite, so that a query that sees no key gives numbers (which are masked later) and not NaN
+
+
+def implementation(asked: str, platform: str) -> str:
+    """What `run.attention` means on a JAX platform: "plain", this module, or "splash", the kernel of models.splash.
+    ConfigError where the platform has no such kernel."""
+    if asked == "auto":
+        return "splash" if platform == "tpu" else "plain"
+    if asked == "splash" and platform != "tpu":
+        raise ConfigError(
+            f"run.attention=splash is a kernel for TPUs, and this is a {platform}", fix="run.attention=auto"
+        )
+    return asked
 
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_TS: jax.Array) -> jax.Array:
@@ -42,6 +58,25 @@ def attend_shared(q_PGTNH: jax.Array, prefix, own) -> jax.Array:
     out += jnp.einsum("pkrgts,pgskh->pgtkrh", eo.astype(vo.dtype), vo, preferred_element_type=jnp.float32)
     total = jnp.moveaxis(ep.sum(-1) + eo.sum(-1), (1, 2), (3, 4))[..., None]  # p g t k r 1
     return (out / total).astype(vo.dtype).reshape(q_PGTNH.shape)
+
+
+def attend_packed(q_PTNH, k_PTKH, v_PTKH, lengths_P, suffixes: int, suffix_tokens: int) -> jax.Array:
+    """Attention of right-padded prompts and, behind each, of its suffixes, one behind the other: a prompt's token sees
+    the earlier ones, a suffix's token the prompt and the earlier ones of its own suffix. [P, T, N, H] in the dtype of
+    v, meaningless where a prompt is padding."""
+    p, positions = q_PTNH.shape[:2]
+    prompt = positions - suffixes * suffix_tokens
+
+    def cut(a):
+        return a[:, :prompt], a[:, prompt:].reshape(p, suffixes, suffix_tokens, *a.shape[2:])
+
+    (qp, qs), (kp, ks), (vp, vs) = cut(q_PTNH), cut(k_PTKH), cut(v_PTKH)
+    out = attend(qp, kp, vp, causal(prompt))
+    if suffixes:
+        visible = jnp.arange(prompt) < lengths_P[:, None]
+        behind = attend_shared(qs, (kp, vp, visible), (ks, vs, causal(suffix_tokens)))
+        out = jnp.concatenate([out, behind.reshape(p, suffixes * suffix_tokens, *behind.shape[3:])], axis=1)
+    return checkpoint_name(out, KEPT)
 
 
 def causal(length: int) -> jax.Array:

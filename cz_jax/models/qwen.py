@@ -13,6 +13,7 @@ Legend: P prompts, G rows of a prompt, T tokens (Tp prompt, Ts suffix), D hidden
 key/value heads, H head size, L layers.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -22,12 +23,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from cz_jax.config import Remat
-from cz_jax.models.attention import attend, attend_shared, causal
+from cz_jax.models.attention import KEPT, attend_packed, attend_shared
 from cz_jax.models.spec import Arch, tree_of, weights
 from cz_jax.parallel import constrain_batch
 
-PRODUCT = "product"
-_KEPT = {"products": jax.checkpoint_policies.save_only_these_names(PRODUCT), "layer": None}
+_POLICIES = {"products": jax.checkpoint_policies.save_only_these_names(KEPT), "layer": None}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -69,7 +69,7 @@ class Linear(nnx.Module):
         if self.lora_a is not None:
             low = matmul(matmul(x, self.lora_a[...].astype(x.dtype)), self.lora_b[...].astype(x.dtype))
             y = y + low * self.lora_scale[...].astype(x.dtype)
-        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(x.dtype), PRODUCT)
+        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(x.dtype), KEPT)
 
 
 class RMSNorm(nnx.Module):
@@ -102,7 +102,7 @@ class Block(nnx.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out, cache = attend_fn(rotate(q, rope), rotate(k, rope), v, cache)
-        x = x + self.o(checkpoint_name(out.reshape(*out.shape[:-2], -1), PRODUCT))
+        x = x + self.o(out.reshape(*out.shape[:-2], -1))
         y = self.ffn_norm(x)
         return x + self.down(nnx.silu(self.gate(y)) * self.up(y)), cache
 
@@ -137,7 +137,7 @@ class Qwen(nnx.Module):
                 new.append(cache)
             new = tuple(new)
         else:
-            step = layer if remat is None else jax.checkpoint(layer, policy=_KEPT[remat], prevent_cse=False)
+            step = layer if remat is None else jax.checkpoint(layer, policy=_POLICIES[remat], prevent_cse=False)
             x, new = jax.lax.scan(step, x, (self.layers, caches))
         return self.norm(x), new
 
@@ -167,6 +167,15 @@ def rotate(x, rope):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+def _packed_attention(arch: Arch) -> Callable:
+    """`attention.attend_packed`, or the kernel in its place."""
+    if arch.attention == "plain":
+        return attend_packed
+    from cz_jax.models import splash  # of which only TPUs have a use
+
+    return splash.attend_packed
+
+
 def shared_forward(
     arch: Arch,
     params: dict,
@@ -188,16 +197,10 @@ def shared_forward(
     at_prompt = jnp.broadcast_to(jnp.arange(tp), (p, tp))
     at_suffix = prompt_lengths_P[:, None, None] + jnp.broadcast_to(jnp.arange(ts), (p, g, ts))
     positions = jnp.concatenate([at_prompt, at_suffix.reshape(p, g * ts)], axis=1)
-    visible = jnp.arange(tp) < prompt_lengths_P[:, None]
+    attend = _packed_attention(arch)
 
     def attend_fn(q, k, v, _):
-        def cut(a):
-            return a[:, :tp], a[:, tp:].reshape(p, g, ts, *a.shape[2:])
-
-        (qp, qs), (kp, ks), (vp, vs) = cut(q), cut(k), cut(v)
-        prompt = attend(qp, kp, vp, causal(tp))
-        suffix = attend_shared(qs, (kp, vp, visible), (ks, vs, causal(ts)))
-        return jnp.concatenate([prompt, suffix.reshape(p, g * ts, *suffix.shape[3:])], axis=1), None
+        return attend(q, k, v, prompt_lengths_P, g, ts), None
 
     hidden, _ = model.run(model.embed_tokens(tokens, dtype), positions, attend_fn, remat=remat)
     return hidden[:, :tp], hidden[:, tp:].reshape(p, g, ts, -1)
@@ -222,13 +225,12 @@ class PromptCache(NamedTuple):
 
 def prefill(arch: Arch, params: dict, prompts_PT, prompt_lengths_P, dtype=jnp.float32):
     """(hidden state that predicts the first new token [P, D], PromptCache) of right-padded prompts (int [P, Tp])."""
-    p, tp = prompts_PT.shape
-    model = Qwen(arch, params)
+    model, attend = Qwen(arch, params), _packed_attention(arch)
 
     def attend_fn(q, k, v, _):
-        return attend(q, k, v, causal(tp)), (k, v)
+        return attend(q, k, v, prompt_lengths_P, 0, 0), (k, v)
 
-    positions = jnp.broadcast_to(jnp.arange(tp), (p, tp))
+    positions = jnp.broadcast_to(jnp.arange(prompts_PT.shape[1]), prompts_PT.shape)
     hidden, (keys, values) = model.run(model.embed_tokens(prompts_PT, dtype), positions, attend_fn)
     last = jnp.take_along_axis(hidden, (prompt_lengths_P - 1)[:, None, None], axis=1)[:, 0]
     return last, PromptCache(tuple(keys), tuple(values), prompt_lengths_P)

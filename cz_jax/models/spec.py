@@ -15,7 +15,8 @@ FAMILIES = ("qwen2", "qwen3")
 
 @dataclass(frozen=True)
 class Arch:
-    """The switches and sizes of one model; hashable, so that it can be a static argument of a jitted function."""
+    """The switches and sizes of one model; hashable, so that it can be a static argument of a jitted function.
+    `attention`: what computes it, "plain" jax.numpy or the kernel "splash"; no matter of the weights."""
 
     family: str
     vocab_size: int
@@ -29,6 +30,7 @@ class Arch:
     norm_eps: float
     tied_embeddings: bool
     max_context: int
+    attention: str = "plain"
 
     @property
     def qkv_bias(self) -> bool:

@@ -35,7 +35,7 @@ class Counted:
 def count(config: Config, target: Target) -> Counted:
     """`config` on `target`, counted from shapes. ConfigError, ModelFolderError where it cannot be laid out there."""
     mesh = memory.mesh_shape(config.mesh, target)
-    work = work_of(config, mesh.ways)
+    work = work_of(config, mesh.ways, target.platform)
     kinds = memory.resident(config, work, mesh)
     return Counted(
         work, mesh, kinds, memory.working(config, work, mesh), memory.caches(work.rollout, work.solver, mesh)

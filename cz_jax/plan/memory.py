@@ -115,7 +115,7 @@ class _Sizes:
     hidden: int  # one [tokens, D]
     ffn: int  # one [tokens, F]
     products: int  # the results of one layer's matrix products and attention that its backward pass keeps
-    scores: int  # the float32 scores of all attentions of one layer
+    scores: int  # the float32 scores of all attentions of one layer; a kernel keeps none
     logits: int  # float32 logits of one token
 
 
@@ -134,7 +134,7 @@ def _sizes(call: Call, seat: Seat, mesh: Shape) -> _Sizes:
         hidden=tokens * a.hidden_size * b,
         ffn=ffn,
         products=2 * heads + tokens * a.hidden_size * b + 2 * ffn,
-        scores=p * _split(a.heads, mesh) * (tp * tp + g * t * (tp + t)) * 4,
+        scores=p * _split(a.heads, mesh) * (tp * tp + g * t * (tp + t)) * 4 * (a.attention == "plain"),
         logits=_split(a.vocab_size, mesh) * 4,
     )
 

@@ -3,7 +3,7 @@ are. No weights are read: an architecture comes from a folder's config.json or f
 """
 
 import pathlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cz_jax import shapes
 from cz_jax.config import Config
@@ -11,6 +11,7 @@ from cz_jax.convert.folder import is_hub_id, locate
 from cz_jax.errors import ConfigError, ModelFolderError
 from cz_jax.evaluate import TASKS_AT_ONCE
 from cz_jax.grpo.batch import Row, pack
+from cz_jax.models.attention import implementation
 from cz_jax.models.spec import RANDOM_SHAPES, Arch, arch_from_folder
 from cz_jax.sampling.engine import Engine, judged_at_once, prompts_at_once
 
@@ -101,18 +102,24 @@ def architecture(model: str) -> Arch:
     return arch_from_folder(locate(model))
 
 
-def work_of(config: Config, ways: int) -> Work:
+def work_of(config: Config, ways: int, platform: str) -> Work:
     """The round of `config` where a batch is split `ways` ways, every prompt and answer as long as it may be.
-    ConfigError for lengths that no compiled program takes."""
+    `platform`: as JAX names it. ConfigError for lengths that no compiled program takes, and for a kernel that the
+    platform does not have."""
     for name in ("max_prompt_tokens", "max_new_tokens"):
         if getattr(config.sampling, name) > LONGEST:
             raise ConfigError(f"sampling.{name}={getattr(config.sampling, name)} exceeds {LONGEST}")
     s, e, p, r = config.solver, config.evaluator, config.proposer, config.round
-    solver = Seat((s.model, s.revision, s.param_dtype), architecture(s.model), s.param_dtype, s.compute_dtype)
-    evaluator = Seat((e.model, e.revision, e.dtype), architecture(e.model), e.dtype, e.dtype)
+    attention = implementation(config.run.attention, platform)
+
+    def seat(role, dtype: str, compute: str) -> Seat:
+        arch = replace(architecture(role.model), attention=attention)
+        return Seat((role.model, role.revision, dtype), arch, dtype, compute)
+
+    solver, evaluator = seat(s, s.param_dtype, s.compute_dtype), seat(e, e.dtype, e.dtype)
     proposer = None
     if p.model not in (None, "none"):
-        proposer = Seat((p.model, p.revision, p.dtype), architecture(p.model), p.dtype, p.dtype)
+        proposer = seat(p, p.dtype, p.dtype)
     proposed = r.proposed_tasks if proposer is not None else 0
     own = r.dataset_tasks + (r.proposed_tasks if proposer is not None or config.swarm.relay else 0)
     groups, seats = own + r.external_groups, config.sampling.max_sequences

@@ -38,7 +38,7 @@ def test_prefill_and_decode_equal_the_full_forward(family):
     prompts = np.where(np.arange(16) < lengths[:, None], tokens[:, :16], 5)
     hidden, cache = qwen.prefill(arch, params, prompts, lengths)
     layered = qwen.unstacked(arch, params)
-    suffix = qwen.empty_suffix(arch, (3, 1), 8, jnp.float32)
+    suffix = qwen.empty_suffix(arch, 3, 8, jnp.float32)
     head = qwen.head_matrix(arch, params)
     rows = np.arange(3)
     np.testing.assert_allclose(qwen.logits_of(hidden, head), full[rows, lengths - 1], atol=1e-4)

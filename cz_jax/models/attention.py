@@ -60,6 +60,35 @@ def attend_shared(q_PGTNH: jax.Array, prefix, own) -> jax.Array:
     return (out / total).astype(vo.dtype).reshape(q_PGTNH.shape)
 
 
+def attend_cached(q_PGNH: jax.Array, prompt, own) -> jax.Array:
+    """Attention of one token of each of G rows of a prompt over caches: the prompt's, which is read once for all rows,
+    and the row's own; one softmax. [P, G, N, H] in the dtype of v.
+
+    prompt: (k [P, K, H, S], v [P, K, S, H], mask [P, S]); own: (k [P * G, K, H, S'], v [P * G, K, S', H], mask
+    broadcastable to [P * G, S']). In this order of axes no product has to turn a cache over first.
+    """
+    p, g, n, h = q_PGNH.shape
+    kp, vp, prompt_mask = prompt
+    ko, vo, own_mask = own
+    heads = kp.shape[1]
+    q, scale = q_PGNH.reshape(p, g, heads, -1, h), h**-0.5
+    sp = jnp.einsum("pgkrh,pkhs->pkgrs", q, kp, preferred_element_type=jnp.float32) * scale
+    so = jnp.einsum("bkrh,bkhs->bkrs", q.reshape(-1, *q.shape[2:]), ko, preferred_element_type=jnp.float32) * scale
+    sp = jnp.where(prompt_mask[:, None, None, None], sp, MASKED)
+    so = jnp.where(jnp.broadcast_to(own_mask, (p * g, so.shape[-1]))[:, None, None], so, MASKED)
+
+    def by_row(x_PKGR):
+        return jnp.swapaxes(x_PKGR, 1, 2).reshape(p * g, heads, -1)
+
+    top = jnp.maximum(by_row(sp.max(-1)), so.max(-1))  # b k r
+    ep = jnp.exp(sp - jnp.swapaxes(top.reshape(p, g, heads, -1), 1, 2)[..., None])
+    eo = jnp.exp(so - top[..., None])
+    out = jnp.einsum("pkgrs,pksh->pgkrh", ep.astype(vp.dtype), vp, preferred_element_type=jnp.float32).reshape(q.shape)
+    own_out = jnp.einsum("bkrs,bksh->bkrh", eo.astype(vo.dtype), vo, preferred_element_type=jnp.float32)
+    total = by_row(ep.sum(-1)) + eo.sum(-1)
+    return ((out.reshape(own_out.shape) + own_out) / total[..., None]).astype(vo.dtype).reshape(p, g, n, h)
+
+
 def attend_packed(q_PTNH, k_PTKH, v_PTKH, lengths_P, suffixes: int, suffix_tokens: int) -> jax.Array:
     """Attention of right-padded prompts and, behind each, of its suffixes, one behind the other: a prompt's token sees
     the earlier ones, a suffix's token the prompt and the earlier ones of its own suffix. [P, T, N, H] in the dtype of

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from cz_jax.config import Remat
-from cz_jax.models.attention import KEPT, attend_packed, attend_shared
+from cz_jax.models.attention import KEPT, attend_cached, attend_packed
 from cz_jax.models.spec import Arch, tree_of, weights
 from cz_jax.parallel import constrain_batch
 
@@ -216,7 +216,7 @@ def predicting_hidden(prompt_PTD, prompt_lengths_P, suffix_PGTD):
 
 
 class PromptCache(NamedTuple):
-    """Keys and values of the prompts, for each layer [P, Tp, K, H]."""
+    """For each layer the keys [P, K, H, Tp] and values [P, K, Tp, H] of the prompts."""
 
     keys: tuple
     values: tuple
@@ -228,7 +228,8 @@ def prefill(arch: Arch, params: dict, prompts_PT, prompt_lengths_P, dtype=jnp.fl
     model, attend = Qwen(arch, params), _packed_attention(arch)
 
     def attend_fn(q, k, v, _):
-        return attend(q, k, v, prompt_lengths_P, 0, 0), (k, v)
+        cache = jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)
+        return attend(q, k, v, prompt_lengths_P, 0, 0), cache
 
     positions = jnp.broadcast_to(jnp.arange(prompts_PT.shape[1]), prompts_PT.shape)
     hidden, (keys, values) = model.run(model.embed_tokens(prompts_PT, dtype), positions, attend_fn)
@@ -243,25 +244,28 @@ def unstacked(arch: Arch, params: dict) -> dict:
     return {**params, "layers": layers}
 
 
-def empty_suffix(arch: Arch, rows: tuple[int, int], length: int, dtype) -> tuple:
-    """Per layer (keys, values) of zeros [P, G, Ts, K, H]."""
-    shape = (*rows, length, arch.kv_heads, arch.head_dim)
-    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(arch.layers))
+def empty_suffix(arch: Arch, rows: int, length: int, dtype) -> tuple:
+    """Per layer zeros for the keys [P * G, K, H, Ts] and the values [P * G, K, Ts, H] of so many rows. The axes of rows
+    are one: with an axis of 1 among them, XLA on a CPU keeps a second cache, and copies both at every step."""
+    heads, size = (rows, arch.kv_heads), arch.head_dim
+    return tuple(
+        (jnp.zeros((*heads, size, length), dtype), jnp.zeros((*heads, length, size), dtype)) for _ in range(arch.layers)
+    )
 
 
 def decode(arch: Arch, layered_params: dict, tokens_PG, positions_PG, column, seen, prompt: PromptCache, suffix: tuple):
     """One step: tokens (int [P, G]) at their positions behind the prompts, whose keys and values go into `column` (int
-    scalar) of the suffix caches. `seen` (bool, broadcastable to [P, G, 1, Ts]): the columns that they see, their own
+    scalar) of the suffix caches. `seen` (bool, broadcastable to [P * G, Ts]): the columns that they see, their own
     among them. Returns (hidden [P, G, D] that predicts the next token, the suffix caches)."""
     model = Qwen(arch, layered_params)
-    visible = jnp.arange(prompt.keys[0].shape[1]) < prompt.lengths[:, None]
+    visible = jnp.arange(prompt.keys[0].shape[-1]) < prompt.lengths[:, None]
 
     def attend_fn(q, k, v, cache):
         (prompt_k, prompt_v), (own_k, own_v) = cache
-        own_k = jax.lax.dynamic_update_slice_in_dim(own_k, k[:, :, None], column, axis=2)
-        own_v = jax.lax.dynamic_update_slice_in_dim(own_v, v[:, :, None], column, axis=2)
-        out = attend_shared(q[:, :, None], (prompt_k, prompt_v, visible), (own_k, own_v, seen))
-        return out[:, :, 0], (own_k, own_v)
+        new_k, new_v = (a.reshape(-1, *a.shape[2:]) for a in (k, v))
+        own_k = jax.lax.dynamic_update_slice_in_dim(own_k, new_k[..., None], column, axis=3)
+        own_v = jax.lax.dynamic_update_slice_in_dim(own_v, new_v[:, :, None], column, axis=2)
+        return attend_cached(q, (prompt_k, prompt_v, visible), (own_k, own_v, seen)), (own_k, own_v)
 
     caches = tuple(zip(zip(prompt.keys, prompt.values, strict=True), suffix, strict=True))
     return model.run(model.embed_tokens(tokens_PG, prompt.keys[0].dtype), positions_PG, attend_fn, caches)

@@ -69,7 +69,7 @@ def generate(
     hidden = jnp.broadcast_to(last[:, None], (p, g, last.shape[-1]))
     state = record(state, *next_token(hidden, 0), 0)
     state["at"] = jnp.int32(0)
-    state["suffix"] = qwen.empty_suffix(arch, (p, g), max_new_tokens, prompt.keys[0].dtype)
+    state["suffix"] = qwen.empty_suffix(arch, p * g, max_new_tokens, prompt.keys[0].dtype)
 
     def body(state):
         at = state["at"]

@@ -42,7 +42,7 @@ def generate_queued(
         age = (state["column"] - jnp.arange(max_new_tokens)) % max_new_tokens
         hidden, suffix = qwen.decode(
             arch, layered, state["token"].reshape(-1, 1), (length - 1 + at).reshape(-1, 1), state["column"],
-            (age <= at.reshape(-1, 1))[:, None, None],
+            age <= at.reshape(-1, 1),
             qwen.PromptCache(*state["prompt"], (length - 1).reshape(-1)), state["suffix"],
         )  # fmt: skip
         logits = qwen.logits_of(hidden[:, 0], head)
@@ -64,7 +64,10 @@ def generate_queued(
         }
 
     def body(state):
-        return step(jax.lax.while_loop(lambda s: queue.takers(s).any(), partial(_take, queue, prompts, group), state))
+        # Only what a slot that takes a row changes: XLA copies all that goes through a loop inside of a loop.
+        seats = {name: state[name] for name in ("row", "at", "token", "next", "prompt")}
+        taken = jax.lax.while_loop(lambda s: queue.takers(s).any(), partial(_take, queue, prompts, group), seats)
+        return step(state | taken)
 
     state = _empty(arch, queue, prompts, ways, slots, max_new_tokens)
     state = jax.lax.while_loop(lambda s: (s["row"] < queue.none).any() | queue.left(s).any(), body, state)
@@ -115,7 +118,7 @@ def _empty(arch: Arch, queue, prompts, ways: int, slots: int, max_new_tokens: in
         "next": jnp.zeros(ways, jnp.int32),
         "column": jnp.int32(0),
         "prompt": tuple(tuple(jnp.zeros((slots, *a.shape[2:]), dtype) for a in of) for of in prompts),
-        "suffix": qwen.empty_suffix(arch, (slots, 1), max_new_tokens, dtype),
+        "suffix": qwen.empty_suffix(arch, slots, max_new_tokens, dtype),
     }
 
 

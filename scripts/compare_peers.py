@@ -5,7 +5,8 @@ usage: python scripts/compare_peers.py PEERS_DIR MODEL_DIR [--torch PYTHON] [--t
 
 PEERS_DIR holds hf_torch.py and tunix_peer.py (each prints one JSON line for `DIR B G P C sample|train`); MODEL_DIR is a
 Hugging Face folder that all three load. A peer whose Python is not named is left out. Each repeat runs everybody once,
-one after the other, so that a machine that drifts drifts for all; a ratio is the median over repeats of the pairs.
+one after the other, so that a machine that drifts drifts for all; a ratio is the median over repeats of the pairs. A
+peer that does not get through is told so in its place, and its last words on standard error.
 """
 
 import argparse
@@ -28,16 +29,20 @@ def ours(model: str, what: str, shape: list[str]) -> dict:
     return {"seconds": out["seconds"], "bytes": out["peak_bytes"], "share": out["matmul_peak_share"]}
 
 
-def peer(python: str, script: pathlib.Path, model: str, what: str, shape: list[str]) -> dict:
+def peer(python: str, script: pathlib.Path, model: str, what: str, shape: list[str]) -> dict | None:
     mode, key = WORK[what]
-    out = run([python, str(script), model, *shape, mode])
+    try:
+        out = run([python, str(script), model, *shape, mode])
+    except SystemExit as failure:
+        print(failure, file=sys.stderr)
+        return None
     return {"seconds": out[key], "bytes": out["rss_gb"] * 1e9}
 
 
 def run(command: list[str]) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        sys.exit(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -69,6 +74,9 @@ def main() -> None:
             cells = [shape, what, f"{statistics.median(t['ours']['seconds'] for t in turns):.2f}"]
             cells.append(f"{statistics.median(t['ours']['share'] for t in turns):.0%}")
             for name in others:
+                if any(t[name] is None for t in turns):
+                    cells += ["does not get through", "-"]
+                    continue
                 ratios = sorted(t[name]["seconds"] / t["ours"]["seconds"] for t in turns)
                 memory = statistics.median(t["ours"]["bytes"] / t[name]["bytes"] for t in turns)
                 cells += [f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})", f"{memory:.2f}"]

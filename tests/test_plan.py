@@ -222,6 +222,18 @@ def test_a_round_costs_what_its_parts_do(small):
     assert slow > fast > 0
 
 
+def test_bytes_read_are_weights_and_caches():
+    config = whole("Qwen/Qwen3-4B", round={"dataset_tasks": 4, "proposed_tasks": 0, "group_size": 8})
+    counted = count(config, TARGETS["v5p-8"])
+    work, weights = counted.work, 2 * counted.work.solver.arch.parameters
+    costs = roofline.costs(config, work, counted.mesh)
+    of_token = 2 * 36 * 8 * 128 * 2  # keys and values of all layers, in bfloat16
+    steps, s = config.sampling.max_new_tokens - 1, config.sampling
+    on_average = 4 * (s.max_prompt_tokens + 8 * s.max_new_tokens / 2) / counted.mesh.ways
+    assert costs["rollout"].bytes == pytest.approx(weights + steps * (weights + on_average * of_token))
+    assert costs["update"].bytes == (3 + 1) * work.micro_batches * weights  # forward, again, and twice backward
+
+
 def test_modes_of_judging_cost_differently():
     flops = {}
     for mode in ("direct", "reason", "generate"):

@@ -8,8 +8,7 @@ segments. Legend: P prompts, T positions of a prompt and its suffixes, N query h
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
 from cz_jax.models.attention import KEPT
@@ -59,9 +58,9 @@ def _attend(q_PTNH, k_PTKH, v_PTKH, lengths_P, suffixes: int, suffix_tokens: int
     def heads_first(x):
         return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, padded - positions), (0, 0), (0, 0))), 1, 2)
 
-    seen = masks.NumpyMask(visible(positions, suffixes, suffix_tokens, padded))
+    seen = splash.NumpyMask(visible(positions, suffixes, suffix_tokens, padded))
     kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([seen] * heads), head_shards=1, q_seq_shards=1, residual_checkpoint_name=KEPT,
+        splash.MultiHeadMask([seen] * heads), head_shards=1, q_seq_shards=1, residual_checkpoint_name=KEPT,
         interpret=interpret,
         block_sizes=splash.BlockSizes(
             block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block

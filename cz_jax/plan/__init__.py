@@ -23,7 +23,8 @@ def plan(config: Config, topology: str, compiled: bool = True, say: Callable = l
 
     "fits"; "bytes_per_device" (parameters, optimizer, evaluator, proposer, starting_weights, kv_cache, temporaries,
     total) of the fullest device against "hbm_bytes"; "flops" and "seconds_estimate" of a round with the "assumption"
-    behind the estimate; "bytes_by_phase" beside what stays; "counted_by"; and "advice" where it does not fit.
+    behind the estimate; "bytes_by_phase" beside what stays; "flops_by_phase" over all devices; "bytes_read_by_phase",
+    of weights and caches by each device; "counted_by"; and "advice" where it does not fit.
     `compiled` False counts from shapes alone; GPUs always are. ConfigError, ModelFolderError for what cannot be laid
     out, and where libtpu is missing.
     """
@@ -113,6 +114,8 @@ def _plan(config: Config, target: Target, with_compiler: bool, say: Callable = l
         "topology": target.name, "chip": target.chip.name, "devices": target.devices, "hosts": target.hosts,
         "mesh": dict(counted.mesh.shape), "fits": fits, "bytes_per_device": table, "hbm_bytes": target.chip.bytes,
         "bytes_by_phase": phases, "flops": sum(c.flops for c in costs.values()),
+        "flops_by_phase": {name: cost.flops for name, cost in costs.items()},
+        "bytes_read_by_phase": {name: cost.bytes for name, cost in costs.items()},
         "seconds_estimate": sum(times.values()), "seconds_by_phase": times, "assumption": roofline.ASSUMPTION,
         "counted_by": by, "compile_seconds": {name: round(p.seconds, 1) for name, p in programs.items()},
         "advice": None if fits else nearest_fit(config, target, scale),

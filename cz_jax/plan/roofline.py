@@ -1,4 +1,4 @@
-"""FLOPs of a round, counted from shapes, and its time by roofline.
+"""FLOPs of a round and the bytes it reads, counted from shapes, and its time by roofline.
 
 The FLOPs are those of `bench`: the work that has to be done once every prompt is computed once. A compiler's own count
 takes a scanned layer once, whatever its length, so it is not used.
@@ -31,7 +31,13 @@ class Cost:
     steps: int = 0
     step_bytes: float = 0.0  # read by each device at each step
     step_flops: float = 0.0  # over all devices at each step
+    dense_bytes: float = 0.0  # of weights that each device reads for the large products
     compute: str = "bfloat16"
+
+    @property
+    def bytes(self) -> int:
+        """Read by each device, of weights and caches: no program reads less."""
+        return int(self.dense_bytes + self.steps * self.step_bytes)
 
 
 def sampling_cost(seat: Seat, prompts: int, group: int, tp: int, c: int, at_once: int, mesh: Shape) -> Cost:
@@ -42,11 +48,11 @@ def sampling_cost(seat: Seat, prompts: int, group: int, tp: int, c: int, at_once
     calls = -(-prompts // max(1, at_once))
     steps = calls * max(1, c - 1)
     size = SIZE[seat.compute]
-    weights = a.parameters * size / mesh.shape["tensor"]
+    weights = _weights(seat, mesh)
     queued = prompts > at_once  # and each row then reads a copy of its prompt
     positions = (at_once * group * (tp + c / 2) if queued else prompts * (tp + group * c / 2)) / mesh.ways
     cache = 2 * a.layers * positions * a.kv_heads * a.head_dim * size / mesh.shape["tensor"]
-    return Cost(prefill + decode, prefill, steps, weights + cache, decode / steps, seat.compute)
+    return Cost(prefill + decode, prefill, steps, weights + cache, decode / steps, calls * weights, seat.compute)
 
 
 def costs(config: Config, work: Work, mesh: Shape) -> dict[str, Cost]:
@@ -65,7 +71,10 @@ def costs(config: Config, work: Work, mesh: Shape) -> dict[str, Cost]:
     if work.judging is not None:
         flops = work.judged_groups * forward_flops(judge, tp, 0)
         flops += judged * (forward_flops(judge, behind, tp) + head_flops(judge))
-        phases["judge"] = Cost(flops, flops, compute=work.evaluator.compute)
+        calls = -(-work.judged_groups // work.judging.prompts)
+        phases["judge"] = Cost(
+            flops, flops, dense_bytes=calls * _weights(work.evaluator, mesh), compute=work.evaluator.compute
+        )
     if work.reasoning is not None:
         phases["reason"] = sampling_cost(work.evaluator, judged, 1, tp + c, extra, s.max_sequences, mesh)
     forward = work.groups * forward_flops(work.solver.arch, tp, 0)
@@ -73,8 +82,16 @@ def costs(config: Config, work: Work, mesh: Shape) -> dict[str, Cost]:
     backward = 1 if config.lora.rank else 2  # frozen weights take no gradient
     passes = (1 + backward) * config.grpo.updates + (config.grpo.updates > 1) + (config.grpo.kl > 0)
     again = config.grpo.updates if config.grpo.remat == "layer" else 0  # computed twice, counted once
-    phases["update"] = Cost(passes * forward, (passes + again) * forward, compute=work.solver.compute)
+    phases["update"] = Cost(
+        passes * forward, (passes + again) * forward,
+        dense_bytes=(passes + again) * work.micro_batches * _weights(work.solver, mesh), compute=work.solver.compute,
+    )  # fmt: skip
     return phases
+
+
+def _weights(seat: Seat, mesh: Shape) -> float:
+    """Bytes of all weights as a device reads them."""
+    return seat.arch.parameters * SIZE[seat.compute] / mesh.shape["tensor"]
 
 
 def seconds(cost: Cost, target: Target) -> float:

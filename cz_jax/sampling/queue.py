@@ -64,10 +64,7 @@ def generate_queued(
         }
 
     def body(state):
-        # Only what a slot that takes a row changes: XLA copies all that goes through a loop inside of a loop.
-        seats = {name: state[name] for name in ("row", "at", "token", "next", "prompt")}
-        taken = jax.lax.while_loop(lambda s: queue.takers(s).any(), partial(_take, queue, prompts, group), seats)
-        return step(state | taken)
+        return step(jax.lax.while_loop(lambda s: queue.takers(s).any(), partial(_take, queue, prompts, group), state))
 
     state = _empty(arch, queue, prompts, ways, slots, max_new_tokens)
     state = jax.lax.while_loop(lambda s: (s["row"] < queue.none).any() | queue.left(s).any(), body, state)

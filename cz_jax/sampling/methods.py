@@ -16,11 +16,12 @@ def draw(logits_RV: jax.Array, uniform_R: jax.Array, method: SamplingMethod):
     top-p, which is what the trainer computes again. Greedy (temperature 0) reports it at temperature 1.
     """
     logits = logits_RV / (method.temperature or 1.0)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    top = logits.max(-1, keepdims=True)
+    mass = jnp.exp(logits - top)  # once: of all that a step computes beside its products, this takes longest
+    normaliser = top[:, 0] + jnp.log(mass.sum(-1))
     if method.temperature == 0:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
-        mass = jnp.exp(logits - logits.max(-1, keepdims=True))
         if 0 < method.top_k < logits.shape[-1]:
             kth = jax.lax.top_k(logits, method.top_k)[0][:, -1:]
             mass = jnp.where(logits >= kth, mass, 0.0)

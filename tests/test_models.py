@@ -40,11 +40,12 @@ def test_prefill_and_decode_equal_the_full_forward(family):
     layered = qwen.unstacked(arch, params)
     suffix = qwen.empty_suffix(arch, 3, 8, jnp.float32)
     head = qwen.head_matrix(arch, params)
+    visible = (np.arange(16) < lengths[:, None])[:, None]
     rows = np.arange(3)
     np.testing.assert_allclose(qwen.logits_of(hidden, head), full[rows, lengths - 1], atol=1e-4)
     for at in range(8):
         token, positions = tokens[rows, lengths + at][:, None], (lengths + at)[:, None]
-        step, suffix = qwen.decode(arch, layered, token, positions, at, np.arange(8) <= at, cache, suffix)
+        step, suffix = qwen.decode(arch, layered, token, positions, at, np.arange(8) <= at, cache, visible, suffix)
         np.testing.assert_allclose(qwen.logits_of(step[:, 0], head), full[rows, lengths + at], atol=1e-4)
 
 

@@ -64,8 +64,8 @@ def attend_cached(q_PGNH: jax.Array, prompt, own) -> jax.Array:
     """Attention of one token of each of G rows of a prompt over caches: the prompt's, which is read once for all rows,
     and the row's own; one softmax. [P, G, N, H] in the dtype of v.
 
-    prompt: (k [P, K, H, S], v [P, K, S, H], mask [P, S]); own: (k [P * G, K, H, S'], v [P * G, K, S', H], mask
-    broadcastable to [P * G, S']). In this order of axes no product has to turn a cache over first.
+    prompt: (k [P, K, H, S], v [P, K, S, H], mask broadcastable to [P, G, S]); own: (k [P * G, K, H, S'], v [P * G, K,
+    S', H], mask broadcastable to [P * G, S']). In this order of axes no product has to turn a cache over first.
     """
     p, g, n, h = q_PGNH.shape
     kp, vp, prompt_mask = prompt
@@ -74,7 +74,7 @@ def attend_cached(q_PGNH: jax.Array, prompt, own) -> jax.Array:
     q, scale = q_PGNH.reshape(p, g, heads, -1, h), h**-0.5
     sp = jnp.einsum("pgkrh,pkhs->pkgrs", q, kp, preferred_element_type=jnp.float32) * scale
     so = jnp.einsum("bkrh,bkhs->bkrs", q.reshape(-1, *q.shape[2:]), ko, preferred_element_type=jnp.float32) * scale
-    sp = jnp.where(prompt_mask[:, None, None, None], sp, MASKED)
+    sp = jnp.where(jnp.broadcast_to(prompt_mask, (p, g, sp.shape[-1]))[:, None, :, None], sp, MASKED)
     so = jnp.where(jnp.broadcast_to(own_mask, (p * g, so.shape[-1]))[:, None, None], so, MASKED)
 
     def by_row(x_PKGR):

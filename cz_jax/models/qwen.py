@@ -220,7 +220,6 @@ class PromptCache(NamedTuple):
 
     keys: tuple
     values: tuple
-    lengths: jax.Array  # int [P]
 
 
 def prefill(arch: Arch, params: dict, prompts_PT, prompt_lengths_P, dtype=jnp.float32):
@@ -234,7 +233,7 @@ def prefill(arch: Arch, params: dict, prompts_PT, prompt_lengths_P, dtype=jnp.fl
     positions = jnp.broadcast_to(jnp.arange(prompts_PT.shape[1]), prompts_PT.shape)
     hidden, (keys, values) = model.run(model.embed_tokens(prompts_PT, dtype), positions, attend_fn)
     last = jnp.take_along_axis(hidden, (prompt_lengths_P - 1)[:, None, None], axis=1)[:, 0]
-    return last, PromptCache(tuple(keys), tuple(values), prompt_lengths_P)
+    return last, PromptCache(tuple(keys), tuple(values))
 
 
 def unstacked(arch: Arch, params: dict) -> dict:
@@ -253,12 +252,14 @@ def empty_suffix(arch: Arch, rows: int, length: int, dtype) -> tuple:
     )
 
 
-def decode(arch: Arch, layered_params: dict, tokens_PG, positions_PG, column, seen, prompt: PromptCache, suffix: tuple):
+def decode(
+    arch: Arch, layered_params: dict, tokens_PG, positions_PG, column, seen, prompt: PromptCache, visible, suffix: tuple
+):
     """One step: tokens (int [P, G]) at their positions behind the prompts, whose keys and values go into `column` (int
     scalar) of the suffix caches. `seen` (bool, broadcastable to [P * G, Ts]): the columns that they see, their own
-    among them. Returns (hidden [P, G, D] that predicts the next token, the suffix caches)."""
+    among them; `visible` (bool, broadcastable to [P, G, Tp]): the tokens of the prompt. Returns (hidden [P, G, D] that
+    predicts the next token, the suffix caches)."""
     model = Qwen(arch, layered_params)
-    visible = jnp.arange(prompt.keys[0].shape[-1]) < prompt.lengths[:, None]
 
     def attend_fn(q, k, v, cache):
         (prompt_k, prompt_v), (own_k, own_v) = cache

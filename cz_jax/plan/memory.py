@@ -21,7 +21,7 @@ from cz_jax.models.lora import lora_weights
 from cz_jax.models.spec import Arch, Weight, weights
 from cz_jax.plan.targets import Target
 from cz_jax.plan.work import Call, Seat, Work
-from cz_jax.sampling.queue import prompts_side_by_side
+from cz_jax.sampling.queue import blocks_of, prompts_side_by_side
 
 SIZE = {"float32": 4, "bfloat16": 2}
 GATHERED_LAYERS = 2  # of a sharded model that exist whole at one time: the one in use and the next
@@ -95,10 +95,12 @@ def resident(config: Config, work: Work, mesh: Shape) -> dict[str, int]:
 
 def caches(call: Call, seat: Seat, mesh: Shape) -> int:
     """Keys and values of one sampling call: the prompts once, and every row its own tokens; where rows are queued,
-    each slot a copy of its prompt's too."""
+    copies of the prompts that the blocks of slots hold, too."""
     if call.slots is not None:
-        prompts, slots = Call(call.prompts, 1, call.prompt_tokens, 0), _slots(call)
-        return caches(prompts, seat, mesh) + caches(slots, seat, mesh)
+        blocks, width, held = blocks_of(call.slots // mesh.ways, call.group)
+        own = Call(mesh.ways * blocks * width, 1, 0, call.tokens)
+        prompts = [Call(n, 1, call.prompt_tokens, 0) for n in (call.prompts, mesh.ways * blocks * held)]
+        return sum(caches(c, seat, mesh) for c in (own, *prompts))
     a = seat.arch
     heads = _split(a.kv_heads, mesh)
     positions = _local(call, mesh) * (call.prompt_tokens + call.group * call.tokens)
@@ -146,7 +148,7 @@ def rollout_bytes(call: Call, seat: Seat, mesh: Shape) -> int:
     cache_of_prompts, at_once = caches(all_prompts, seat, mesh), all_prompts
     if call.slots is not None:
         count = prompts_side_by_side(call.prompts // mesh.ways, call.slots // mesh.ways, call.group) * mesh.ways
-        call, at_once = _slots(call), Call(count, 1, call.prompt_tokens, 0)
+        call, at_once = Call(call.slots, 1, call.prompt_tokens, call.tokens), Call(count, 1, call.prompt_tokens, 0)
     prompt = _sizes(at_once, seat, mesh)
     gathered = 0
     if mesh.shape["fsdp"] > 1:  # compilers gather the weights once for all steps where they can
@@ -220,11 +222,6 @@ def by_kind(kinds: dict[str, int], phases: dict[str, int], kv_cache: int) -> dic
     most = max(kv_cache, *phases.values())
     table = kinds | {"kv_cache": kv_cache, "temporaries": most - kv_cache}
     return table | {"total": sum(table.values())}
-
-
-def _slots(call: Call) -> Call:
-    """The rows of a queued call that are decoded side by side, each behind a prompt of its own."""
-    return Call(call.slots, 1, call.prompt_tokens, call.tokens)
 
 
 def _local(call: Call, mesh: Shape) -> int:

@@ -49,8 +49,8 @@ def sampling_cost(seat: Seat, prompts: int, group: int, tp: int, c: int, at_once
     steps = calls * max(1, c - 1)
     size = SIZE[seat.compute]
     weights = _weights(seat, mesh)
-    queued = prompts > at_once  # and each row then reads a copy of its prompt
-    positions = (at_once * group * (tp + c / 2) if queued else prompts * (tp + group * c / 2)) / mesh.ways
+    held = min(group, 2) if prompts > at_once else 1  # prompts that queued rows of one share a block with
+    positions = min(prompts, at_once) * (held * tp + group * c / 2) / mesh.ways
     cache = 2 * a.layers * positions * a.kv_heads * a.head_dim * size / mesh.shape["tensor"]
     return Cost(prefill + decode, prefill, steps, weights + cache, decode / steps, calls * weights, seat.compute)
 

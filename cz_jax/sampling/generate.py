@@ -71,11 +71,15 @@ def generate(
     state["at"] = jnp.int32(0)
     state["suffix"] = qwen.empty_suffix(arch, p * g, max_new_tokens, prompt.keys[0].dtype)
 
+    visible = (jnp.arange(prompts_PT.shape[1]) < lengths_P[:, None])[:, None]
+
     def body(state):
         at = state["at"]
         positions = jnp.broadcast_to(lengths_P[:, None] + at, (p, g))
         seen = jnp.arange(max_new_tokens) <= at
-        hidden, suffix = qwen.decode(arch, layered, state["last"], positions, at, seen, prompt, state["suffix"])
+        hidden, suffix = qwen.decode(
+            arch, layered, state["last"], positions, at, seen, prompt, visible, state["suffix"]
+        )
         at += 1
         return record(state | {"suffix": suffix}, *next_token(hidden, at), at)
 

@@ -1,12 +1,15 @@
 """Sampling more rows than are decoded side by side: inside of the compiled loop, the slot of a row that has ended takes
 the next row of a queue, so that a long answer holds up no slot but its own.
 
-All slots write their keys and values into one column of their caches, the same for all, which moves on by one each step
-and round at the end; a slot sees the columns since it took its row. A row begins with its prompt's last token, whose
-next token is the row's first. The queue is one for each way that the batch is split, and rows stay where they are.
+Slots sit in blocks, one for each G of them, whose rows read the prompts that the block holds: two, so that rows of the
+next prompt begin while the last of one still run. A block fetches a prompt when it has a place for it, a slot is free
+and no row of the prompts that it holds waits. All slots write their keys and values into one column of their caches,
+the same for all, which moves on by one each step and round at the end; a slot sees the columns since it took its row. A
+row begins with its prompt's last token, whose next token is the row's first. The queue is one for each way that the
+batch is split, and rows stay where they are.
 
-Legend: W ways that the batch is split, S slots of a way, N rows of a way, P prompts, G rows of a prompt, Tp prompt
-tokens, C new tokens.
+Legend: W ways that the batch is split, B blocks of a way, S slots of a block, M prompts that a block holds, N rows of a
+way, P prompts, G rows of a prompt, Tp prompt tokens, C new tokens.
 """
 
 import math
@@ -30,22 +33,25 @@ def generate_queued(
 ) -> Completions:  # fmt: skip
     """What `generate` gives for the same arguments, from `slots` rows at a time (a multiple of `ways`, which divides
     P). In each way, prompts without rows come last."""
-    group = limits_PG.shape[1]
+    group, length = limits_PG.shape[1], prompts_PT.shape[1]
     params = jax.tree.map(lambda w: w.astype(dtype), params)
     head, layered = qwen.head_matrix(arch, params), qwen.unstacked(arch, params)
     prompts = _prefill(arch, params, prompts_PT, lengths_P, ways, slots, group, dtype)
     queue = _Queue(prompts_PT, lengths_P, keys_PG2, limits_PG, ways)
 
     def step(state):
-        rows, at = state["row"], state["at"]
-        length, key = (queue.of(a, rows) for a in (queue.lengths, queue.keys))
+        rows, at = state["row"], state["at"]  # W B S
+        lengths, key = (queue.of(a, rows) for a in (queue.lengths, queue.keys))
         age = (state["column"] - jnp.arange(max_new_tokens)) % max_new_tokens
+        mine = (rows // group)[..., None] == state["held"][:, :, None]  # W B S M
+        seen = mine[..., None] & (jnp.arange(length) < (lengths - 1)[..., None, None])
+        blocks = ways * rows.shape[1]
         hidden, suffix = qwen.decode(
-            arch, layered, state["token"].reshape(-1, 1), (length - 1 + at).reshape(-1, 1), state["column"],
-            age <= at.reshape(-1, 1),
-            qwen.PromptCache(*state["prompt"], (length - 1).reshape(-1)), state["suffix"],
+            arch, layered, state["token"].reshape(blocks, -1), (lengths - 1 + at).reshape(blocks, -1), state["column"],
+            age <= at.reshape(-1, 1), qwen.PromptCache(*state["prompt"]), seen.reshape(blocks, rows.shape[2], -1),
+            state["suffix"],
         )  # fmt: skip
-        logits = qwen.logits_of(hidden[:, 0], head)
+        logits = qwen.logits_of(hidden.reshape(rows.size, -1), head)
         token, logprob = draw(logits, rng.uniform_at(key.reshape(-1, 2), at.reshape(-1)), method)
         ended = (token[:, None] == stop_ids_S).any(-1).reshape(rows.shape)
         token, logprob = token.reshape(rows.shape), logprob.reshape(rows.shape)
@@ -64,16 +70,24 @@ def generate_queued(
         }
 
     def body(state):
-        return step(jax.lax.while_loop(lambda s: queue.takers(s).any(), partial(_take, queue, prompts, group), state))
+        state = jax.lax.while_loop(lambda s: queue.fetchers(s).any(), partial(_fetch, queue, prompts), state)
+        return step(_take(queue, state))
 
     state = _empty(arch, queue, prompts, ways, slots, max_new_tokens)
-    state = jax.lax.while_loop(lambda s: (s["row"] < queue.none).any() | queue.left(s).any(), body, state)
+    state = jax.lax.while_loop(queue.goes_on, body, state)
 
     def result(name):
         kept = state[name][:, : queue.none]
         return kept.reshape(*limits_PG.shape, *kept.shape[2:])
 
     return Completions(*(result(name) for name in Completions._fields))
+
+
+def blocks_of(slots: int, group: int) -> tuple[int, int, int]:
+    """(blocks, slots of each, prompts that each holds) of a way with `slots` slots, of which none is left over. Rows
+    that are alone with their prompt free its place when they end; others need a second one."""
+    width = max(n for n in range(1, min(group, slots) + 1) if slots % n == 0)
+    return slots // width, width, min(group, 2)
 
 
 def prompts_side_by_side(prompts: int, slots: int, group: int) -> int:
@@ -103,7 +117,15 @@ def _prefill(arch: Arch, params, prompts_PT, lengths_P, ways: int, slots: int, g
 
 def _empty(arch: Arch, queue, prompts, ways: int, slots: int, max_new_tokens: int) -> dict:
     """Free slots, and results in which nothing is written; the last place of them is for slots without a row."""
-    made, seats, dtype = (ways, queue.none + 1), (ways, slots // ways), prompts[0][0].dtype
+    blocks, width, held = blocks_of(slots // ways, queue.group)
+    made, seats, dtype = (ways, queue.none + 1), (ways, blocks, width), prompts[0][0].dtype
+
+    def places(a_WPKHT, axis: int):  # the places of a block, end to end along the tokens
+        shape = list(a_WPKHT.shape[2:])
+        shape[axis] *= held
+        return jnp.zeros((ways * blocks, *shape), dtype)
+
+    keys, values = prompts
     return {
         "tokens": jnp.zeros((*made, max_new_tokens), jnp.int32),
         "logprobs": jnp.zeros((*made, max_new_tokens), jnp.float32),
@@ -112,64 +134,105 @@ def _empty(arch: Arch, queue, prompts, ways: int, slots: int, max_new_tokens: in
         "row": jnp.full(seats, queue.none, jnp.int32),
         "at": jnp.zeros(seats, jnp.int32),
         "token": jnp.zeros(seats, jnp.int32),
+        "held": jnp.full((ways, blocks, held), queue.prompts, jnp.int32),
+        "begun": jnp.full((ways, blocks, held), queue.group, jnp.int32),
         "next": jnp.zeros(ways, jnp.int32),
         "column": jnp.int32(0),
-        "prompt": tuple(tuple(jnp.zeros((slots, *a.shape[2:]), dtype) for a in of) for of in prompts),
-        "suffix": qwen.empty_suffix(arch, slots, max_new_tokens, dtype),
+        "prompt": (tuple(places(k, 2) for k in keys), tuple(places(v, 1) for v in values)),
+        "suffix": qwen.empty_suffix(arch, ways * blocks * width, max_new_tokens, dtype),
     }
 
 
 class _Queue:
-    """The rows of each way in order. `none`: the number of no row, for which all arrays hold a place."""
+    """The prompts of each way in order, and their rows. `none`: the number of no row, for which all arrays hold a
+    place; `prompts`: that of no prompt."""
 
     def __init__(self, prompts_PT, lengths_P, keys_PG2, limits_PG, ways: int):
-        group = limits_PG.shape[1]
+        self.group = limits_PG.shape[1]
         self.none = limits_PG.size // ways
+        self.prompts = len(limits_PG) // ways
 
         def rows(a_P, empty):
-            a_WN = jnp.repeat(a_P.reshape(ways, -1), group, axis=1)
+            a_WN = jnp.repeat(a_P.reshape(ways, -1), self.group, axis=1)
             return jnp.pad(a_WN, ((0, 0), (0, 1)), constant_values=empty)
 
         last_P = jnp.take_along_axis(prompts_PT, (lengths_P - 1)[:, None], axis=1)[:, 0]
         self.lengths, self.last = rows(lengths_P, 1), rows(last_P, 0)
         self.keys = jnp.pad(keys_PG2.reshape(ways, -1, 2), ((0, 0), (0, 1), (0, 0)))
         self.limits = jnp.pad(limits_PG.reshape(ways, -1), ((0, 0), (0, 1)))
-        self.total = (limits_PG > 0).reshape(ways, -1).sum(-1)
+        self.total = (limits_PG > 0).any(-1).reshape(ways, -1).sum(-1)
 
     def of(self, values, rows):
-        """`values` [W, N + 1, ...] of `rows` ([W] or [W, S])."""
+        """`values` [W, N + 1, ...] of `rows` [W, ...]."""
         return jax.vmap(lambda v, r: v[r])(values, rows)
 
-    def left(self, state):
-        """bool [W]: whether rows wait."""
+    def waiting(self, state):
+        """bool [W]: whether prompts wait."""
         return state["next"] < self.total
 
-    def takers(self, state):
-        """bool [W]: whether a row waits and a slot is free."""
-        return self.left(state) & (state["row"] == self.none).any(-1)
+    def goes_on(self, state):
+        """bool []: whether there is a row that runs or waits."""
+        rows = (state["row"] < self.none).any() | (state["begun"] < self.group).any()
+        return rows | self.waiting(state).any()
+
+    def free_places(self, state):
+        """bool [W, B, M]: whether all rows of the prompt have begun and none of them runs."""
+        row = state["row"][..., None]  # W B S 1
+        runs = (row // self.group == state["held"][:, :, None]) & (row != self.none)
+        return (state["begun"] == self.group) & ~runs.any(2)
+
+    def fetchers(self, state):
+        """bool [W, B]: whether a prompt waits, and the block has a place for it and a slot that nothing else takes."""
+        free = (state["row"] == self.none).sum(-1)
+        asked = (self.group - state["begun"]).sum(-1)
+        return self.waiting(state)[:, None] & (free > asked) & self.free_places(state).any(-1)
 
 
-def _take(queue: _Queue, prompts, group: int, state):
-    """In each way that has one to take, the first free slot takes the next row, with a copy of its prompt's cache."""
-    takes, slot = queue.takers(state), jnp.argmax(state["row"] == queue.none, axis=-1)
-    row = jnp.where(takes, state["next"], queue.none)
+def _fetch(queue: _Queue, prompts, state):
+    """In each way that has one, the first block that wants a prompt takes a copy of the next one's cache."""
+    fetchers = queue.fetchers(state)
+    takes, block = fetchers.any(-1), jnp.argmax(fetchers, axis=-1)  # W
+    place = jnp.argmax(jax.vmap(lambda free, b: free[b])(queue.free_places(state), block), axis=-1)
+    prompt = jnp.minimum(state["next"], queue.prompts - 1)
 
-    def set_slot(kept_WS, new_W):
-        return jax.vmap(lambda kept, slot, take, new: kept.at[slot].set(jnp.where(take, new, kept[slot])))(
-            kept_WS, slot, takes, new_W
+    def put(kept_WBM, new_W):
+        return jax.vmap(lambda kept, b, m, take, new: kept.at[b, m].set(jnp.where(take, new, kept[b, m])))(
+            kept_WBM, block, place, takes, new_W
         )
 
-    def copy(cache, prompts):  # [W * S, Tp, K, H], [W, P / W, Tp, K, H]
+    def copy(axis: int, cache, prompts):  # [W * B, K, H, M * Tp] and [W, P / W, K, H, Tp], or H and Tp the other way
         split = cache.reshape(len(takes), -1, *cache.shape[1:])
-        copied = jax.vmap(lambda cache, prompts, slot, take, row: jax.lax.dynamic_update_index_in_dim(
-            cache, jnp.where(take, prompts[row // group], cache[slot]), slot, 0
-        ))(split, prompts, slot, takes, row)  # fmt: skip
-        return copied.reshape(cache.shape)
+        size = prompts.shape[2 + axis]
 
+        def one(cache, prompts, b, m, take, p):
+            start = [b, 0, 0, 0]
+            start[1 + axis] = m * size
+            old = jax.lax.dynamic_slice(cache, start, (1, *prompts.shape[1:]))
+            return jax.lax.dynamic_update_slice(cache, jnp.where(take, prompts[p][None], old), start)
+
+        return jax.vmap(one)(split, prompts, block, place, takes, prompt).reshape(cache.shape)
+
+    keys, values = state["prompt"]
     return state | {
-        "row": set_slot(state["row"], row),
-        "at": set_slot(state["at"], jnp.zeros_like(row)),
-        "token": set_slot(state["token"], queue.of(queue.last, row)),
+        "held": put(state["held"], prompt),
+        "begun": put(state["begun"], jnp.zeros_like(prompt)),
         "next": state["next"] + takes,
-        "prompt": jax.tree.map(copy, state["prompt"], prompts),
+        "prompt": (
+            jax.tree.map(partial(copy, 2), keys, prompts[0]),
+            jax.tree.map(partial(copy, 1), values, prompts[1]),
+        ),
     }
+
+
+def _take(queue: _Queue, state):
+    """The free slots of each block take the next rows of the prompts that it holds."""
+    rows, at, token, begun = state["row"], state["at"], state["token"], []
+    for m in range(state["held"].shape[-1]):
+        held, first = state["held"][..., m, None], state["begun"][..., m, None]  # W B 1
+        free = rows == queue.none
+        number = first + jnp.cumsum(free, axis=-1) - 1  # of the row within its prompt
+        takes = free & (number < queue.group)
+        rows = jnp.where(takes, held * queue.group + number, rows)
+        begun.append(first[..., 0] + takes.sum(-1))
+        at, token = jnp.where(takes, 0, at), jnp.where(takes, queue.of(queue.last, rows), token)
+    return state | {"row": rows, "at": at, "token": token, "begun": jnp.stack(begun, axis=-1)}

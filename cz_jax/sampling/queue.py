@@ -32,7 +32,7 @@ def generate_queued(
     *, slots: int, ways: int, max_new_tokens: int, method: SamplingMethod, dtype=jnp.float32,
 ) -> Completions:  # fmt: skip
     """What `generate` gives for the same arguments, from `slots` rows at a time (a multiple of `ways`, which divides
-    P). In each way, prompts without rows come last."""
+    P). A prompt has all of its rows or none; in each way, those without come last."""
     group, length = limits_PG.shape[1], prompts_PT.shape[1]
     params = jax.tree.map(lambda w: w.astype(dtype), params)
     head, layered = qwen.head_matrix(arch, params), qwen.unstacked(arch, params)

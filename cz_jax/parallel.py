@@ -121,7 +121,7 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     """`x` with its first dimension split as a batch, under `jax.set_mesh`; `x` itself where no mesh is set or the
     dimension does not divide."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if mesh.empty or x.shape[0] % batch_devices(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(LOGICAL_AXES["batch"], *(None,) * (x.ndim - 1)))
 

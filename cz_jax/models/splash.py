@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
 from cz_jax.models.attention import KEPT
-from cz_jax.parallel import LOGICAL_AXES
+from cz_jax.parallel import LOGICAL_AXES, batch_devices
 
 BLOCKS = ((2048, 512), (1024, 256), (0, 128))  # (from so many positions, block): larger blocks, but little padding
 
@@ -31,8 +31,7 @@ def attend_packed(
     if mesh.empty:
         return here(q_PTNH, k_PTKH, v_PTKH, lengths_P)
     batch, tensor = LOGICAL_AXES["batch"], LOGICAL_AXES["heads"]
-    ways = int(np.prod([mesh.shape[name] for name in batch]))
-    rows = batch if len(q_PTNH) % ways == 0 else None
+    rows = batch if len(q_PTNH) % batch_devices(mesh) == 0 else None
     split = tensor if heads % mesh.shape[tensor] == 0 and kv_heads % mesh.shape[tensor] == 0 else None
     spec = PartitionSpec(rows, None, split, None)
     # A kernel's result does not say over which axes it differs, so that this cannot be checked (check_vma).

@@ -206,7 +206,7 @@ def test_flops_are_those_of_an_unrolled_model():
         return jax.jit(run).lower(params, *ints).cost_analysis()["flops"]
 
     counted = 2 * forward_flops(SMALL, tokens, 0) + 2 * group * forward_flops(SMALL, suffix, tokens)
-    assert abs(counted / flops(lambda p: qwen.unstacked(SMALL, p)) - 1) < 0.05
+    assert abs(counted / flops(lambda p: qwen.for_decoding(SMALL, p)) - 1) < 0.05
     assert flops(lambda p: p) < 0.5 * counted  # what a compiler says of scanned layers is one of them
 
 

@@ -54,18 +54,27 @@ def _matmul_backward(_, kept, dy):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+def matmul_turned(x, kernel_BA):
+    """x [..., A] times a kernel that lies as [B, A]. With the kernel as the left factor: a CPU reads weights that no
+    cache holds for few rows up to half as fast again as the other way round."""
+    y = jax.lax.dot_general(kernel_BA, x, (((1,), (x.ndim - 1,)), ((), ())))
+    return jnp.moveaxis(y, 0, -1)
+
+
 class Linear(nnx.Module):
-    """x @ kernel + bias, with a low-rank addition where the leaves hold one."""
+    """x @ kernel + bias, with a low-rank addition where the leaves hold one. The kernel [A, B] may lie as [B, A], under
+    the name `turned`."""
 
     def __init__(self, leaves: dict):
-        self.kernel = nnx.Param(leaves["kernel"])
+        self.turned = "turned" in leaves
+        self.kernel = nnx.Param(leaves["turned" if self.turned else "kernel"])
         self.bias = nnx.Param(leaves["bias"]) if "bias" in leaves else None
         self.lora_a = nnx.LoRAParam(leaves["lora_a"]) if "lora_a" in leaves else None
         self.lora_b = nnx.LoRAParam(leaves["lora_b"]) if "lora_a" in leaves else None
         self.lora_scale = nnx.Variable(leaves["lora_scale"]) if "lora_a" in leaves else None
 
     def __call__(self, x):
-        y = matmul(x, self.kernel[...].astype(x.dtype))
+        y = (matmul_turned if self.turned else matmul)(x, self.kernel[...].astype(x.dtype))
         if self.lora_a is not None:
             low = matmul(matmul(x, self.lora_a[...].astype(x.dtype)), self.lora_b[...].astype(x.dtype))
             y = y + low * self.lora_scale[...].astype(x.dtype)
@@ -236,11 +245,16 @@ def prefill(arch: Arch, params: dict, prompts_PT, prompt_lengths_P, dtype=jnp.fl
     return last, PromptCache(tuple(keys), tuple(values))
 
 
-def unstacked(arch: Arch, params: dict) -> dict:
-    """`params` with a tuple of L layers, the form that `decode` takes: the slices are made once, outside of its
-    loop."""
-    layers = tuple(jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(arch.layers))
-    return {**params, "layers": layers}
+def for_decoding(arch: Arch, params: dict) -> dict:
+    """`params` as `decode` reads them, made once and outside of its loop: a tuple of L layers, kernels turned."""
+
+    def one(leaf):
+        if not (isinstance(leaf, dict) and "kernel" in leaf):
+            return leaf
+        return {"turned": leaf["kernel"].T, **{name: a for name, a in leaf.items() if name != "kernel"}}
+
+    layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(arch.layers)]
+    return {**params, "layers": tuple({name: one(leaf) for name, leaf in layer.items()} for layer in layers)}
 
 
 def empty_suffix(arch: Arch, rows: int, length: int, dtype) -> tuple:

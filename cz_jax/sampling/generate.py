@@ -58,7 +58,7 @@ def generate(
         }
 
     last, prompt = qwen.prefill(arch, params, prompts_PT, lengths_P, dtype)
-    layered = qwen.unstacked(arch, params)
+    layered = qwen.for_decoding(arch, params)
     state = {
         "tokens": jnp.zeros((p, g, max_new_tokens), jnp.int32),
         "logprobs": jnp.zeros((p, g, max_new_tokens), jnp.float32),

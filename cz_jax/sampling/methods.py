@@ -3,6 +3,8 @@
 Legend: R rows, V vocabulary.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -53,7 +55,9 @@ def invert(mass_RV: jax.Array, uniform_R: jax.Array) -> jax.Array:
     """The index at which the running sum of `mass` (not negative, any total) passes uniform * total; an entry of mass 0
     is never drawn. In two levels, so that running sums are over about sqrt(V) numbers twice."""
     r, v = mass_RV.shape
-    width = max(1, int(v**0.5))
+    root = math.isqrt(v)
+    even = max(n for n in range(1, root + 1) if v % n == 0)  # of which no entries are left over, which would be a copy
+    width = even if even > root // 4 else root
     blocks = jnp.pad(mass_RV, ((0, 0), (0, -v % width))).reshape(r, -1, width)
     sums = blocks.sum(-1)
     block, rest = _pass(sums, uniform_R * sums.sum(-1))

@@ -35,7 +35,7 @@ def generate_queued(
     P). A prompt has all of its rows or none; in each way, those without come last."""
     group, length = limits_PG.shape[1], prompts_PT.shape[1]
     params = jax.tree.map(lambda w: w.astype(dtype), params)
-    head, layered = qwen.head_matrix(arch, params), qwen.unstacked(arch, params)
+    head, layered = qwen.head_matrix(arch, params), qwen.for_decoding(arch, params)
     prompts = _prefill(arch, params, prompts_PT, lengths_P, ways, slots, group, dtype)
     queue = _Queue(prompts_PT, lengths_P, keys_PG2, limits_PG, ways)
 

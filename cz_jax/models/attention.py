@@ -61,32 +61,44 @@ def attend_shared(q_PGTNH: jax.Array, prefix, own) -> jax.Array:
 
 
 def attend_cached(q_PGNH: jax.Array, prompt, own) -> jax.Array:
-    """Attention of one token of each of G rows of a prompt over caches: the prompt's, which is read once for all rows,
-    and the row's own; one softmax. [P, G, N, H] in the dtype of v.
+    """Attention of one token of each of G rows over caches: that of the prompt, which rows share and which is read once
+    for all of them, and the row's own; one softmax. [P, G, N, H] in the dtype of v.
 
-    prompt: (k [P, K, H, S], v [P, K, S, H], mask broadcastable to [P, G, S]); own: (k [P * G, K, H, S'], v [P * G, K,
-    S', H], mask broadcastable to [P * G, S']). In this order of axes no product has to turn a cache over first.
+    prompt: (k [P, K, H, M * S], v [P, K, S, M * H], mask broadcastable to [P, G, S], place) of M prompts side by side,
+    of which `place` (int [P, G]; None where M is 1) is the row's. own: (k [P * G, K, H, S'], v [P * G, K, S', H], mask
+    broadcastable to [P * G, S']). In this order of axes no product has to turn a cache over first.
     """
     p, g, n, h = q_PGNH.shape
-    kp, vp, prompt_mask = prompt
+    kp, vp, prompt_mask, place = prompt
     ko, vo, own_mask = own
-    heads = kp.shape[1]
-    q, scale = q_PGNH.reshape(p, g, heads, -1, h), h**-0.5
-    sp = jnp.einsum("pgkrh,pkhs->pkgrs", q, kp, preferred_element_type=jnp.float32) * scale
+    heads, tokens, scale = kp.shape[1], vp.shape[2], h**-0.5
+    q = q_PGNH.reshape(p, g, heads, -1, h)
+    folded = jnp.swapaxes(q, 1, 2).reshape(p, heads, -1, h)  # rows that share a prompt are one product
+
+    def in_place(x, size: int):  # p k g r size, from [P, K, G * R, M * size]
+        x = x.reshape(p, heads, g, -1, x.shape[-1] // size, size)
+        chosen = x[..., 0, :]
+        for m in range(1, x.shape[-2]):
+            chosen = jnp.where((place == m)[:, None, :, None, None], x[..., m, :], chosen)
+        return chosen
+
+    def by_row(x):  # [P, K, G, ...] -> [P * G, K, ...]
+        return jnp.swapaxes(x, 1, 2).reshape(p * g, heads, *x.shape[3:])
+
+    def by_prompt(x):
+        return jnp.swapaxes(x.reshape(p, g, *x.shape[1:]), 1, 2)
+
+    sp = in_place(jnp.einsum("pkqh,pkhs->pkqs", folded, kp, preferred_element_type=jnp.float32), tokens) * scale
     so = jnp.einsum("bkrh,bkhs->bkrs", q.reshape(-1, *q.shape[2:]), ko, preferred_element_type=jnp.float32) * scale
-    sp = jnp.where(jnp.broadcast_to(prompt_mask, (p, g, sp.shape[-1]))[:, None, :, None], sp, MASKED)
+    sp = jnp.where(jnp.broadcast_to(prompt_mask, (p, g, tokens))[:, None, :, None], sp, MASKED)
     so = jnp.where(jnp.broadcast_to(own_mask, (p * g, so.shape[-1]))[:, None, None], so, MASKED)
-
-    def by_row(x_PKGR):
-        return jnp.swapaxes(x_PKGR, 1, 2).reshape(p * g, heads, -1)
-
     top = jnp.maximum(by_row(sp.max(-1)), so.max(-1))  # b k r
-    ep = jnp.exp(sp - jnp.swapaxes(top.reshape(p, g, heads, -1), 1, 2)[..., None])
-    eo = jnp.exp(so - top[..., None])
-    out = jnp.einsum("pkgrs,pksh->pgkrh", ep.astype(vp.dtype), vp, preferred_element_type=jnp.float32).reshape(q.shape)
+    ep, eo = jnp.exp(sp - by_prompt(top)[..., None]), jnp.exp(so - top[..., None])
+    weights = ep.astype(vp.dtype).reshape(*folded.shape[:-1], tokens)
+    out = in_place(jnp.einsum("pkqs,pksh->pkqh", weights, vp, preferred_element_type=jnp.float32), h)
     own_out = jnp.einsum("bkrs,bksh->bkrh", eo.astype(vo.dtype), vo, preferred_element_type=jnp.float32)
     total = by_row(ep.sum(-1)) + eo.sum(-1)
-    return ((out.reshape(own_out.shape) + own_out) / total[..., None]).astype(vo.dtype).reshape(p, g, n, h)
+    return ((by_row(out) + own_out) / total[..., None]).astype(vo.dtype).reshape(p, g, n, h)
 
 
 def attend_packed(q_PTNH, k_PTKH, v_PTKH, lengths_P, suffixes: int, suffix_tokens: int) -> jax.Array:

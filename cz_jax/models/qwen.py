@@ -225,7 +225,8 @@ def predicting_hidden(prompt_PTD, prompt_lengths_P, suffix_PGTD):
 
 
 class PromptCache(NamedTuple):
-    """For each layer the keys [P, K, H, Tp] and values [P, K, Tp, H] of the prompts."""
+    """For each layer the keys [P, K, H, M * Tp] and values [P, K, Tp, M * H] of M prompts side by side, in P places;
+    `prefill` makes M = 1."""
 
     keys: tuple
     values: tuple
@@ -267,12 +268,13 @@ def empty_suffix(arch: Arch, rows: int, length: int, dtype) -> tuple:
 
 
 def decode(
-    arch: Arch, layered_params: dict, tokens_PG, positions_PG, column, seen, prompt: PromptCache, visible, suffix: tuple
-):
+    arch: Arch, layered_params: dict, tokens_PG, positions_PG, column, seen, prompt: PromptCache, visible,
+    suffix: tuple, place_PG=None,
+):  # fmt: skip
     """One step: tokens (int [P, G]) at their positions behind the prompts, whose keys and values go into `column` (int
     scalar) of the suffix caches. `seen` (bool, broadcastable to [P * G, Ts]): the columns that they see, their own
-    among them; `visible` (bool, broadcastable to [P, G, Tp]): the tokens of the prompt. Returns (hidden [P, G, D] that
-    predicts the next token, the suffix caches)."""
+    among them; `visible` (bool, broadcastable to [P, G, Tp]): the tokens of the prompt, which is the one at `place_PG`
+    (int) of M. Returns (hidden [P, G, D] that predicts the next token, the suffix caches)."""
     model = Qwen(arch, layered_params)
 
     def attend_fn(q, k, v, cache):
@@ -280,7 +282,7 @@ def decode(
         new_k, new_v = (a.reshape(-1, *a.shape[2:]) for a in (k, v))
         own_k = jax.lax.dynamic_update_slice_in_dim(own_k, new_k[..., None], column, axis=3)
         own_v = jax.lax.dynamic_update_slice_in_dim(own_v, new_v[:, :, None], column, axis=2)
-        return attend_cached(q, (prompt_k, prompt_v, visible), (own_k, own_v, seen)), (own_k, own_v)
+        return attend_cached(q, (prompt_k, prompt_v, visible, place_PG), (own_k, own_v, seen)), (own_k, own_v)
 
     caches = tuple(zip(zip(prompt.keys, prompt.values, strict=True), suffix, strict=True))
     return model.run(model.embed_tokens(tokens_PG, prompt.keys[0].dtype), positions_PG, attend_fn, caches)

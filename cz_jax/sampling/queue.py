@@ -44,12 +44,12 @@ def generate_queued(
         lengths, key = (queue.of(a, rows) for a in (queue.lengths, queue.keys))
         age = (state["column"] - jnp.arange(max_new_tokens)) % max_new_tokens
         mine = (rows // group)[..., None] == state["held"][:, :, None]  # W B S M
-        seen = mine[..., None] & (jnp.arange(length) < (lengths - 1)[..., None, None])
+        visible = jnp.arange(length) < (lengths - 1)[..., None]
         blocks = ways * rows.shape[1]
         hidden, suffix = qwen.decode(
             arch, layered, state["token"].reshape(blocks, -1), (lengths - 1 + at).reshape(blocks, -1), state["column"],
-            age <= at.reshape(-1, 1), qwen.PromptCache(*state["prompt"]), seen.reshape(blocks, rows.shape[2], -1),
-            state["suffix"],
+            age <= at.reshape(-1, 1), qwen.PromptCache(*state["prompt"]), visible.reshape(blocks, -1, length),
+            state["suffix"], jnp.argmax(mine, axis=-1).reshape(blocks, -1),
         )  # fmt: skip
         logits = qwen.logits_of(hidden.reshape(rows.size, -1), head)
         token, logprob = draw(logits, rng.uniform_at(key.reshape(-1, 2), at.reshape(-1)), method)
@@ -120,10 +120,8 @@ def _empty(arch: Arch, queue, prompts, ways: int, slots: int, max_new_tokens: in
     blocks, width, held = blocks_of(slots // ways, queue.group)
     made, seats, dtype = (ways, queue.none + 1), (ways, blocks, width), prompts[0][0].dtype
 
-    def places(a_WPKHT, axis: int):  # the places of a block, end to end along the tokens
-        shape = list(a_WPKHT.shape[2:])
-        shape[axis] *= held
-        return jnp.zeros((ways * blocks, *shape), dtype)
+    def places(a):  # [W, P / W, K, T or H, H or T]: the places of a block, side by side along the last axis
+        return jnp.zeros((ways * blocks, *a.shape[2:-1], held * a.shape[-1]), dtype)
 
     keys, values = prompts
     return {
@@ -138,7 +136,7 @@ def _empty(arch: Arch, queue, prompts, ways: int, slots: int, max_new_tokens: in
         "begun": jnp.full((ways, blocks, held), queue.group, jnp.int32),
         "next": jnp.zeros(ways, jnp.int32),
         "column": jnp.int32(0),
-        "prompt": (tuple(places(k, 2) for k in keys), tuple(places(v, 1) for v in values)),
+        "prompt": (tuple(map(places, keys)), tuple(map(places, values))),
         "suffix": qwen.empty_suffix(arch, ways * blocks * width, max_new_tokens, dtype),
     }
 
@@ -200,27 +198,21 @@ def _fetch(queue: _Queue, prompts, state):
             kept_WBM, block, place, takes, new_W
         )
 
-    def copy(axis: int, cache, prompts):  # [W * B, K, H, M * Tp] and [W, P / W, K, H, Tp], or H and Tp the other way
+    def copy(cache, prompts):  # [W * B, K, H, M * Tp] and [W, P / W, K, H, Tp], or H and Tp the other way
         split = cache.reshape(len(takes), -1, *cache.shape[1:])
-        size = prompts.shape[2 + axis]
 
         def one(cache, prompts, b, m, take, p):
-            start = [b, 0, 0, 0]
-            start[1 + axis] = m * size
+            start = (b, 0, 0, m * prompts.shape[-1])
             old = jax.lax.dynamic_slice(cache, start, (1, *prompts.shape[1:]))
             return jax.lax.dynamic_update_slice(cache, jnp.where(take, prompts[p][None], old), start)
 
         return jax.vmap(one)(split, prompts, block, place, takes, prompt).reshape(cache.shape)
 
-    keys, values = state["prompt"]
     return state | {
         "held": put(state["held"], prompt),
         "begun": put(state["begun"], jnp.zeros_like(prompt)),
         "next": state["next"] + takes,
-        "prompt": (
-            jax.tree.map(partial(copy, 2), keys, prompts[0]),
-            jax.tree.map(partial(copy, 1), values, prompts[1]),
-        ),
+        "prompt": jax.tree.map(copy, state["prompt"], prompts),
     }
 
 

@@ -19,7 +19,7 @@ FLOORS = {
         *("ports", "rewards", "difficulty", "metrics", "text", "rng", "parallel", "processes", "models", "grpo"),
         *("files", "preemption"),
     },
-    2: {"convert", "sampling", "tasks", "checkpoint", "ledger", "swarm", "audit", "report", "doctor"},
+    2: {"convert", "sampling", "tasks", "checkpoint", "ledger", "swarm", "audit", "report", "doctor", "timeline"},
     3: {"roles"},
     4: {"loop", "evaluate"},
     5: {"build", "bench", "plan", "local_swarm"},

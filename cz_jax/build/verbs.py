@@ -31,6 +31,7 @@ from cz_jax.roles.evaluator import ModelEvaluator
 from cz_jax.roles.learner import state_target
 from cz_jax.roles.solver import ModelSolver
 from cz_jax.tasks import load_tasks
+from cz_jax.timeline import Recorder
 
 EVALUATIONS = "evaluations.json"
 PAIRS_AT_ONCE = 64
@@ -42,13 +43,14 @@ def quiet(event: str, **fields) -> None:
     """A progress callback that says nothing."""
 
 
-def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> dict:
+def train(config: Config, out, resume: bool = False, say: Callable = quiet, trace: int | None = None) -> dict:
     """Plays the rounds of `config` in the run folder `out` and returns its summary.
 
     The folder gets config.toml, model/, checkpoints/, metrics.jsonl, rounds/, evaluations.json, export/,
     summary.json and report.html. With `resume` the run in the folder goes on exactly where its newest whole checkpoint
     stands. Of several processes, number 0 alone reads and writes the folder, and its `resume` counts; where they do not
-    share a disk, `checkpoint.folder` names a place for the checkpoints that all of them reach. UserError for bad input.
+    share a disk, `checkpoint.folder` names a place for the checkpoints that all of them reach. `trace` (1: the first):
+    which of the rounds that are played now is recorded into `out`/trace. UserError for bad input.
     KeyboardInterrupt (Preempted for SIGTERM) is passed on after saving the last finished round.
     """
     out = local_folder(out)
@@ -64,6 +66,8 @@ def train(config: Config, out, resume: bool = False, say: Callable = quiet) -> d
     with contextlib.ExitStack() as stack:
         alone = jax.process_count() == 1
         preempted = stack.enter_context(sigterm_preempts(raising=alone))
+        if trace is not None and primary:
+            say = stack.enter_context(Recorder(say, out, trace))
         built = stack.enter_context(
             contextlib.closing(build(config, say, out))
         )  # first: what fails here leaves nothing

@@ -54,12 +54,18 @@ def train(
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="How many processes make the run.")] = None,
     process: Annotated[int | None, typer.Option(min=0, help="Which of them this is.")] = None,
+    trace: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Record the Nth round from here on with jax.profiler.")
+    ] = None,
     as_json: options.Json = False,
 ):
     """Train a solver as CONFIG.toml says.
 
     Ctrl-C once saves the run and prints the command that goes on with it; so does SIGTERM, with status 143. Where one
     of several processes is lost the others end with status 75; start all of them again with --resume.
+
+    --trace 2 records the second round, the first that compiles nothing, into OUT/trace; the report draws when the
+    devices were busy.
 
     \b
     Example:
@@ -79,7 +85,7 @@ def train(
                 say("phase", name=f"waiting for all {processes} processes")
             with joined(coordinator, processes, process, end_at_once):
                 say("phase", name="")  # process 0 alone reports from here on
-                summary = train(config=resolved, out=out, resume=resume, say=say)
+                summary = train(config=resolved, out=out, resume=resume, say=say, trace=trace)
         except KeyboardInterrupt as e:
             told, status = _interrupted(e)
             show.complain(f"{told}{_after_interrupt(config, settings, out)}")

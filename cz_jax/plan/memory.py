@@ -150,13 +150,15 @@ def rollout_bytes(call: Call, seat: Seat, mesh: Shape) -> int:
         count = prompts_side_by_side(call.prompts // mesh.ways, call.slots // mesh.ways, call.group) * mesh.ways
         call, at_once = Call(call.slots, 1, call.prompt_tokens, call.tokens), Call(count, 1, call.prompt_tokens, 0)
     prompt = _sizes(at_once, seat, mesh)
-    gathered = 0
+    gathered = head = 0
     if mesh.shape["fsdp"] > 1:  # compilers gather the weights once for all steps where they can
         gathered = prompt.layer * seat.arch.layers
+    if mesh.shape["fsdp"] > 1 or not seat.arch.tied_embeddings or seat.dtype != seat.compute:
+        head = prompt.head  # otherwise the embedding is read as it lies
     rows = _local(call, mesh) * call.group
     prefill = cache_of_prompts + max(3 * prompt.ffn, 2 * prompt.scores) + 4 * prompt.hidden
     step = kept + cache_of_prompts + 4 * rows * prompt.logits
-    return prompt.head + prompt.layers + gathered + max(prefill, step)
+    return head + prompt.layers + gathered + max(prefill, step)
 
 
 def judge_bytes(call: Call, seat: Seat, mesh: Shape) -> int:

@@ -226,6 +226,49 @@ def interval_chart(rows: Sequence[tuple[str, Interval | None, Interval | None]],
     return f"{key}{opening}{''.join(parts)}</svg>"
 
 
+@dataclass(frozen=True)
+class Span:
+    """What a part of a timeline was: places 0..1 on it, a colour class, and what hovering tells."""
+
+    name: str
+    begin: float
+    end: float
+    colour: str
+    told: str
+
+
+def timeline_chart(spans: Sequence[Span], rows: Sequence[tuple[str, Values]], length: float, about: str) -> str:
+    """`length` seconds: what they were spent on, and under it a row for each of `rows`, a share 0..1 of equal parts."""
+    band, row_height = 28, 44
+    height = band + row_height * len(rows)
+    step = nice_step(length / 5)
+    ticks = [i * step for i in range(int(length / step + 1e-9) + 1)]
+    parts = [
+        f'<line class="grid" x1="{100 * t / length:.2f}%" x2="{100 * t / length:.2f}%" y1="0" y2="{height}"/>'
+        f'<text class="tick x" x="{100 * t / length:.2f}%" y="{height + 17}">{number(t)} s</text>'
+        for t in ticks
+    ]
+    for s in spans:
+        x, width = 100 * s.begin, 100 * (s.end - s.begin)
+        parts.append(f'<rect class="bar {s.colour}" x="{x:.2f}%" width="{width:.2f}%" y="0" height="{band - 8}"/>')
+    for i, (name, values) in enumerate(rows):
+        top, tall = band + row_height * i, row_height - 8
+        slot = WIDTH / max(1, len(values))
+        d = "".join(
+            f"M{j * slot:.1f} {tall}v{-tall * min(1.0, v):.1f}h{slot:.1f}V{tall}z" for j, v in enumerate(values) if v
+        )
+        parts.append(f'<text class="tick y row" x="-10" y="{top + tall / 2 + 4}">{inline(name, 24)}</text>')
+        parts.append(
+            f'<svg y="{top}" width="100%" height="{tall}" viewBox="0 0 {WIDTH:.0f} {tall}" preserveAspectRatio="none">'
+            f'<path class="bar s1" d="{d}"/></svg>'
+        )
+    parts += [_hit(100 * s.begin, 100 * (s.end - s.begin), 0, height, s.told) for s in spans]
+    named = {s.name: s.colour for s in spans}
+    key = _legend([(colour, name, "") for name, colour in named.items()])
+    opening = f'<svg class="plot rows" height="{height}" role="img" aria-label="{inline(about, 200)}">'
+    return f"{key}{opening}{''.join(parts)}</svg>"
+
+
 def _curve(values: Values, scale: Scale, kind: str, dots: bool = False) -> str:
     """A line that is broken where values are missing; what has no neighbour is a dot."""
     slot, d, points = WIDTH / max(1, len(values)), [], []

@@ -88,7 +88,7 @@ def _parts(run: Run, bins: Bins):
             "rounds",
             "What the rounds were made of",
             "Where tasks and groups came from, what became of them, and what took the time.",
-            f'<div class="flow">{"".join(part(run, bins) for part in made)}</div>',
+            f'<div class="flow">{"".join(part(run, bins) for part in made)}</div>{sections.timeline(run)}',
         )
         yield "update", "The update", "Signs of a healthy or an ailing optimizer.", sections.health(run, bins)
     yield (

@@ -12,6 +12,7 @@ from cz_jax.ledger import METRICS, SUMMARY, RunLedger
 from cz_jax.nouns import Round
 
 CONFIG, EVALUATIONS = "config.toml", "evaluations.json"
+TIMELINE = "trace/timeline.json"
 MAX_FILE_BYTES = 64 << 20  # of a file other than metrics.jsonl
 MOST_RECORDS = 24  # whole Round records looked into
 MOST_RECORD_BYTES = 8 << 20  # of them together, packed
@@ -28,6 +29,7 @@ class Run:
     summary: dict = field(default_factory=dict)
     evaluations: dict = field(default_factory=dict)
     config: dict = field(default_factory=dict)
+    timeline: dict = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -88,6 +90,7 @@ def read_run(folder: pathlib.Path) -> Run:
         summary=_json(folder / SUMMARY, notes),
         evaluations=_json(folder / EVALUATIONS, notes),
         config=_parsed(folder / CONFIG, lambda data: tomllib.loads(data.decode("utf-8")), notes),
+        timeline=_json(folder / TIMELINE, notes),
         notes=tuple(notes),
     )
 

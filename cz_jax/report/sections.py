@@ -9,11 +9,13 @@ from cz_jax.report.charts import (
     Interval,
     Scale,
     Series,
+    Span,
     interval_chart,
     line_chart,
     moving_average,
     stacked_chart,
     step_chart,
+    timeline_chart,
 )
 from cz_jax.report.learned import estimate, evaluated, interval_text
 from cz_jax.report.markup import card, inline, number, percent, seconds, short, table
@@ -21,6 +23,7 @@ from cz_jax.report.read import Run, at, finite, mean
 
 PALETTE = tuple(f"s{i}" for i in (1, 2, 3, 4, 5, 6, 8))
 LONGEST_WINDOW = 50
+MOST_DEVICES = 8
 PART = "reward_"
 VERDICTS = ((Outcome.CORRECT, "v1"), (Outcome.WRONG, "v2"), (Outcome.UNREADABLE, "v3"), (Outcome.FAILED, "v4"))
 PHASES = {"propose": "s4", "roll_out": "s1", "share": "s6", "judge": "s3", "update": "s2"}
@@ -243,6 +246,28 @@ def phases(run: Run, bins: Bins) -> str:
     chart = stacked_chart(bins, series, "Seconds of each round by phase", text=lambda s: f"{number(s)} s")
     whole = sum(v or 0.0 for v in run.series("seconds"))
     return card("Time by phase", chart, f"{seconds(whole)} in rounds, compiling included.")
+
+
+def timeline(run: Run) -> str:
+    """When the devices were busy in the one round that was recorded."""
+    length, told = finite(at(run.timeline, "seconds")), at(run.timeline, "phases")
+    spans, rows = [], []
+    for phase in told if isinstance(told, list) else ():
+        begin, end, busy = (finite(at(phase, key)) for key in ("begin", "end", "busy"))
+        if length and None not in (begin, end, busy) and 0 <= begin < end <= length * (1 + 1e-6):
+            name = str(at(phase, "name"))
+            text = f"{name.replace('_', ' ')}: {number(end - begin)} s, devices busy {percent(busy)}"
+            spans.append(Span(name.replace("_", " "), begin / length, end / length, PHASES.get(name, "s5"), text))
+    devices = at(run.timeline, "devices")
+    for device in devices[:MOST_DEVICES] if isinstance(devices, list) else ():
+        bins = at(device, "bins")
+        rows.append((str(at(device, "name")), [finite(v) for v in bins] if isinstance(bins, list) else []))
+    if not spans:
+        return ""
+    busy = mean([finite(at(device, "busy")) for device in devices] if isinstance(devices, list) else [])
+    chart = timeline_chart(spans, rows, length, "When the devices were busy")
+    about = f"Round {number(finite(at(run.timeline, 'round')))}, devices busy {percent(busy)} of {seconds(length)}."
+    return card("One round on the devices", chart, about)
 
 
 def health(run: Run, bins: Bins) -> str:

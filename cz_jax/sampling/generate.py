@@ -35,11 +35,11 @@ def generate(
     position c of a row draws from it and c alone."""
     p, g = limits_PG.shape
     params = jax.tree.map(lambda w: w.astype(dtype), params)  # once, and not again at every step
-    head = qwen.head_matrix(arch, params)
+    layered = qwen.for_decoding(arch, params)
     keys = keys_PG2.reshape(p * g, 2)
 
     def next_token(hidden_PGD, at):
-        logits = qwen.logits_of(hidden_PGD.reshape(p * g, -1), head)
+        logits = qwen.next_logits(layered, hidden_PGD.reshape(p * g, -1))
         token, logprob = draw(logits, rng.uniform_at(keys, jnp.full(p * g, at)), method)
         return token.reshape(p, g), logprob.reshape(p, g)
 
@@ -58,7 +58,6 @@ def generate(
         }
 
     last, prompt = qwen.prefill(arch, params, prompts_PT, lengths_P, dtype)
-    layered = qwen.for_decoding(arch, params)
     state = {
         "tokens": jnp.zeros((p, g, max_new_tokens), jnp.int32),
         "logprobs": jnp.zeros((p, g, max_new_tokens), jnp.float32),

@@ -35,7 +35,7 @@ def generate_queued(
     P). A prompt has all of its rows or none; in each way, those without come last."""
     group, length = limits_PG.shape[1], prompts_PT.shape[1]
     params = jax.tree.map(lambda w: w.astype(dtype), params)
-    head, layered = qwen.head_matrix(arch, params), qwen.for_decoding(arch, params)
+    layered = qwen.for_decoding(arch, params)
     prompts = _prefill(arch, params, prompts_PT, lengths_P, ways, slots, group, dtype)
     queue = _Queue(prompts_PT, lengths_P, keys_PG2, limits_PG, ways)
 
@@ -51,7 +51,7 @@ def generate_queued(
             age <= at.reshape(-1, 1), qwen.PromptCache(*state["prompt"]), visible.reshape(blocks, -1, length),
             state["suffix"], jnp.argmax(mine, axis=-1).reshape(blocks, -1),
         )  # fmt: skip
-        logits = qwen.logits_of(hidden.reshape(rows.size, -1), head)
+        logits = qwen.next_logits(layered, hidden.reshape(rows.size, -1))
         token, logprob = draw(logits, rng.uniform_at(key.reshape(-1, 2), at.reshape(-1)), method)
         ended = (token[:, None] == stop_ids_S).any(-1).reshape(rows.shape)
         token, logprob = token.reshape(rows.shape), logprob.reshape(rows.shape)

@@ -56,9 +56,9 @@ def timeless(folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(config, run folder, summary) of an undisturbed run."""
+    """(config, run folder, summary) of an undisturbed run, whose third round was recorded."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    return small(), out, train(small(), out)
+    return small(), out, train(small(), out, trace=3)
 
 
 def test_a_run_folder_holds_everything(finished):
@@ -86,6 +86,17 @@ def test_a_run_folder_holds_everything(finished):
     assert all(wanted <= set(r) for r in rows), wanted - set(rows[0])
     assert json.loads((out / "summary.json").read_text())["rounds"] == ROUNDS == summary["rounds"]
     assert summary["avg_at_k_before"]["k"] == summary["pass_at_k_after"]["k"] == 2
+
+
+def test_the_recorded_round_is_in_the_report(finished):
+    _, out, _ = finished
+    timeline = json.loads((out / "trace" / "timeline.json").read_text())
+    names = [phase["name"] for phase in timeline["phases"]]
+    assert (timeline["round"], names) == (3, ["propose", "roll_out", "share", "judge", "update"])
+    assert timeline["seconds"] == pytest.approx(list(RunLedger(out).rounds())[2]["seconds"], rel=0.2, abs=0.1)
+    busy = {phase["name"]: phase["busy"] for phase in timeline["phases"]}
+    assert busy["roll_out"] > 0.3 and busy["share"] < 0.1, busy
+    assert "One round on the devices" in (out / "report.html").read_text()
 
 
 def test_sampler_and_trainer_agree_in_every_round(finished):

@@ -255,7 +255,9 @@ def timeline_chart(spans: Sequence[Span], rows: Sequence[tuple[str, Values]], le
         top, tall = band + row_height * i, row_height - 8
         slot = WIDTH / max(1, len(values))
         d = "".join(
-            f"M{j * slot:.1f} {tall}v{-tall * min(1.0, v):.1f}h{slot:.1f}V{tall}z" for j, v in enumerate(values) if v
+            f"M{j * slot:.1f} {tall}v{-tall * min(1.0, v):.1f}h{slot:.1f}V{tall}z"
+            for j, v in enumerate(values)
+            if v is not None and v > 0
         )
         parts.append(f'<text class="tick y row" x="-10" y="{top + tall / 2 + 4}">{inline(name, 24)}</text>')
         parts.append(

@@ -270,7 +270,7 @@ def test_no_handler_outlives_a_command():
 def test_train_calls_build(build, config, capsys):
     assert main(["train", config, "run.rounds=5", "mesh.fsdp=-1", "--resume", "--json"]) == 0
     (name, args, named), *_ = build.calls
-    assert (name, args, set(named)) == ("train", (), {"config", "out", "resume", "say"})
+    assert (name, args, set(named)) == ("train", (), {"config", "out", "resume", "say", "trace"})
     assert named["config"].run.rounds == 5 and named["resume"] is True
     assert named["out"] == pathlib.Path("runs/small")
     out, err = capsys.readouterr()

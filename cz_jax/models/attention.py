@@ -1,7 +1,7 @@
 """Attention in plain jax.numpy: softmax in float32, grouped query heads.
 
-Legend: B rows, P prompts, G rows of a prompt, T queries, S keys, N query heads, K key/value heads, R = N / K, H head
-size.
+Legend: B rows, P prompts, G rows of a prompt, M prompts side by side, T queries, S keys, N query heads, K key/value
+heads, R = N / K, H head size.
 """
 
 import jax

@@ -8,7 +8,7 @@ Predicted is what the program is given and what it needs beside that, as the com
 measured is by how much the process grew: its largest resident set (VmHWM) less its size before the program's arguments
 were made. Prints a table, and one JSON object as the last line; status 1 where a prediction is off by more than 15%.
 Needs about 6 GB of memory and some minutes with these, and gave, on x86-64 with jaxlib 0.10.2, predicted / measured of
-1.00 (rollout), 1.00 (propose), 0.99 (judge) and 0.95 (update) compiled; 0.97, 0.96, 1.00 and 1.14 counted.
+1.00 (rollout), 1.00 (propose), 0.99 (judge) and 0.94 (update) compiled; 0.96, 0.94, 1.01 and 1.10 counted.
 """
 
 import argparse

@@ -156,6 +156,15 @@ def head_matrix(arch: Arch, params: dict) -> jax.Array:
     return params["embed"].T if arch.tied_embeddings else params["lm_head"]
 
 
+def next_logits(arch: Arch, params: dict, hidden: jax.Array) -> jax.Array:
+    """`logits_of`, from the embedding as it lies where it is the head: `head_matrix` turns it, and where few rows are
+    read in a loop XLA on a CPU makes a copy of that."""
+    if not arch.tied_embeddings:
+        return logits_of(hidden, params["lm_head"])
+    embed_VD, contracted = params["embed"].astype(hidden.dtype), (((hidden.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(hidden, embed_VD, contracted, preferred_element_type=jnp.float32)
+
+
 def logits_of(hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
     """float32 logits [..., V] of final hidden states [..., D]."""
     return matmul(hidden, head_DV.astype(hidden.dtype), jnp.float32)
@@ -247,8 +256,7 @@ def prefill(arch: Arch, params: dict, prompts_PT, prompt_lengths_P, dtype=jnp.fl
 
 
 def for_decoding(arch: Arch, params: dict) -> dict:
-    """`params` as `decode` and `next_logits` read them, made once and outside of the loop: a tuple of L layers, kernels
-    turned, and the "head" as [V, D]."""
+    """`params` as `decode` reads them, made once and outside of its loop: a tuple of L layers, kernels turned."""
 
     def one(leaf):
         if not (isinstance(leaf, dict) and "kernel" in leaf):
@@ -256,15 +264,7 @@ def for_decoding(arch: Arch, params: dict) -> dict:
         return {"turned": leaf["kernel"].T, **{name: a for name, a in leaf.items() if name != "kernel"}}
 
     layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(arch.layers)]
-    layers = tuple({name: one(leaf) for name, leaf in layer.items()} for layer in layers)
-    return {**params, "layers": layers, "head": params["embed"] if arch.tied_embeddings else params["lm_head"].T}
-
-
-def next_logits(layered_params: dict, hidden: jax.Array) -> jax.Array:
-    """float32 logits [..., V] of the final hidden states [..., D] that `prefill` and `decode` give."""
-    head_VD = layered_params["head"].astype(hidden.dtype)
-    contracted = (((hidden.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(hidden, head_VD, contracted, preferred_element_type=jnp.float32)
+    return {**params, "layers": tuple({name: one(leaf) for name, leaf in layer.items()} for layer in layers)}
 
 
 def empty_suffix(arch: Arch, rows: int, length: int, dtype) -> tuple:

@@ -150,15 +150,18 @@ def rollout_bytes(call: Call, seat: Seat, mesh: Shape) -> int:
         count = prompts_side_by_side(call.prompts // mesh.ways, call.slots // mesh.ways, call.group) * mesh.ways
         call, at_once = Call(call.slots, 1, call.prompt_tokens, call.tokens), Call(count, 1, call.prompt_tokens, 0)
     prompt = _sizes(at_once, seat, mesh)
-    gathered = head = 0
+    gathered = 0
     if mesh.shape["fsdp"] > 1:  # compilers gather the weights once for all steps where they can
         gathered = prompt.layer * seat.arch.layers
-    if mesh.shape["fsdp"] > 1 or not seat.arch.tied_embeddings or seat.dtype != seat.compute:
-        head = prompt.head  # otherwise the embedding is read as it lies
     rows = _local(call, mesh) * call.group
     prefill = cache_of_prompts + max(3 * prompt.ffn, 2 * prompt.scores) + 4 * prompt.hidden
     step = kept + cache_of_prompts + 4 * rows * prompt.logits
-    return head + prompt.layers + gathered + max(prefill, step)
+    return _read_head(prompt, seat, mesh) + prompt.layers + gathered + max(prefill, step)
+
+
+def _read_head(sizes: _Sizes, seat: Seat, mesh: Shape) -> int:
+    """What `qwen.next_logits` makes of the head: nothing where it can be read as it lies."""
+    return sizes.head if mesh.shape["fsdp"] > 1 or seat.dtype != seat.compute else 0
 
 
 def judge_bytes(call: Call, seat: Seat, mesh: Shape) -> int:
@@ -166,8 +169,7 @@ def judge_bytes(call: Call, seat: Seat, mesh: Shape) -> int:
     s = _sizes(call, seat, mesh)
     whole = GATHERED_LAYERS * s.layer if mesh.shape["fsdp"] > 1 else s.layer
     inner = whole + max(2 * s.ffn, 2 * s.scores) + 4 * s.hidden
-    head = s.head if call.rows > ROWS_READ else 0  # a few rows read the embedding as it lies
-    return head + max(inner, s.hidden + 2 * min(ROWS_READ, call.rows) * s.logits)
+    return _read_head(s, seat, mesh) + max(inner, s.hidden + 2 * min(ROWS_READ, call.rows) * s.logits)
 
 
 def update_bytes(config: Config, call: Call, seat: Seat, mesh: Shape) -> int:
@@ -187,7 +189,7 @@ def update_bytes(config: Config, call: Call, seat: Seat, mesh: Shape) -> int:
     kept = a.layers * per_layer
     p = _local(call, mesh)
     chunk = p * min(max(1, config.grpo.logprob_chunk // call.prompts), call.group * call.tokens)
-    at_logits = sums + kept + s.head + 2 * head + 2 * chunk * s.logits + 4 * s.hidden
+    at_logits = sums + kept + s.head + 2 * head + chunk * s.logits + 4 * s.hidden
     in_layer = sums + gradients + s.head + kept + whole + max(5 * s.ffn, 2 * s.ffn + 4 * s.scores) + 8 * s.hidden
     return max(at_logits, in_layer, 2 * sums)
 

@@ -39,7 +39,7 @@ def generate(
     keys = keys_PG2.reshape(p * g, 2)
 
     def next_token(hidden_PGD, at):
-        logits = qwen.next_logits(layered, hidden_PGD.reshape(p * g, -1))
+        logits = qwen.next_logits(arch, params, hidden_PGD.reshape(p * g, -1))
         token, logprob = draw(logits, rng.uniform_at(keys, jnp.full(p * g, at)), method)
         return token.reshape(p, g), logprob.reshape(p, g)
 
@@ -93,11 +93,10 @@ def choice_probabilities(
     """float32 [M, P, G, S]: P(next token = choices[s]) behind suffix (m, p, g), which itself stands behind prompt
     (m, p). P prompts at a time; a suffix of no tokens is none, and steps behind the last that has one are not made. NaN
     where a logit is not finite."""
-    head = qwen.head_matrix(arch, params)
     m, p, g = suffix_lengths_MPG.shape
 
     def read(row_D):
-        logits = qwen.logits_of(row_D, head)
+        logits = qwen.next_logits(arch, params, row_D)
         chosen = jnp.exp(logits[choices_S] - jax.nn.logsumexp(logits))
         return jnp.where(jnp.isfinite(logits).all(), chosen, jnp.nan)
 

@@ -51,7 +51,7 @@ def generate_queued(
             age <= at.reshape(-1, 1), qwen.PromptCache(*state["prompt"]), visible.reshape(blocks, -1, length),
             state["suffix"], jnp.argmax(mine, axis=-1).reshape(blocks, -1),
         )  # fmt: skip
-        logits = qwen.next_logits(layered, hidden.reshape(rows.size, -1))
+        logits = qwen.next_logits(arch, params, hidden.reshape(rows.size, -1))
         token, logprob = draw(logits, rng.uniform_at(key.reshape(-1, 2), at.reshape(-1)), method)
         ended = (token[:, None] == stop_ids_S).any(-1).reshape(rows.shape)
         token, logprob = token.reshape(rows.shape), logprob.reshape(rows.shape)

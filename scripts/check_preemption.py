@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 ROUNDS, EVERY = 18, 3
 SETTINGS = [
@@ -31,7 +32,7 @@ SETTINGS = [
 ]  # fmt: skip
 TIMES = ("seconds", "seconds_by_phase", "tokens_per_second")
 MOMENTS = ("playing", "starting", "compiling", "saving")  # in turn, shuffled; the last signal comes at the end
-PHASES = ("evaluating", "propose", "roll_out", "judge", "update")  # as a run says them until its first round is played
+EVALUATING = "evaluating"  # what a run says once it has started
 PREEMPTED, STOPPED = 143, -signal.SIGTERM  # saved; and stopped where there was nothing to save
 DEADLINE_SECONDS = 600
 
@@ -80,23 +81,29 @@ def is_saving(out: pathlib.Path) -> bool:
     return any(not (p / "manifest.json").exists() for p in steps)
 
 
-def wait_for(moment: str, run: Run, chance: random.Random, start_seconds: float, round_seconds: float) -> None:
+class Times(NamedTuple):
+    """Seconds that the undisturbed run took, compiling everything anew."""
+
+    start: float  # until it began to evaluate
+    compiling: float  # from there to the end of its first round
+    round: float  # each round after that
+
+
+def wait_for(moment: str, run: Run, chance: random.Random, times: Times) -> None:
     """Returns at a random moment of that kind, or when the run has ended."""
     played = len(lines(run.out))
     after = chance.random()
-    if moment == "starting":
-        until = run.begun + after * start_seconds
+    if moment in ("starting", "compiling"):
+        spread = times.start if moment == "starting" else times.compiling
+        until = run.begun + after * spread + (0 if moment == "starting" else times.start)
         return run.until(lambda: time.monotonic() >= until)
-    if moment == "compiling":
-        phase = chance.choice(PHASES[played > 0 :])  # the evaluation comes first, and once
-        run.until(lambda: f"\n{phase}" in run.said)
-    elif moment == "saving":
+    if moment == "saving":
         run.until(lambda: len(lines(run.out)) > played and is_saving(run.out))
         after *= 0.3
     elif moment == "playing":
         target = played + chance.choice((1, 2))
         run.until(lambda: len(lines(run.out)) >= target)
-        after *= 2 * round_seconds
+        after *= 2 * times.round
     else:
         run.until(lambda: len(lines(run.out)) == ROUNDS)
         after *= 0.5  # the evaluation, summary, export and report that are left take a second or more
@@ -104,9 +111,9 @@ def wait_for(moment: str, run: Run, chance: random.Random, start_seconds: float,
     run.until(lambda: time.monotonic() >= until)
 
 
-def preempt(moment: str, run: Run, chance: random.Random, start_seconds: float, round_seconds: float) -> dict:
+def preempt(moment: str, run: Run, chance: random.Random, times: Times) -> dict:
     """One SIGTERM, and what became of the run."""
-    wait_for(moment, run, chance, start_seconds, round_seconds)
+    wait_for(moment, run, chance, times)
     before, sent = len(lines(run.out)), time.monotonic()
     if run.process.poll() is not None:
         sys.exit(f"the run ended with {run.ended()} before its signal; it said:\n{run.said}")
@@ -156,18 +163,18 @@ def main() -> int:
         for path in (whole, out):
             path.with_suffix(".toml").write_text("[mesh]\nfsdp = -1\n")
         first = Run(whole, "off")
-        first.until(lambda: f"\n{PHASES[0]}" in first.said)
-        start_seconds = time.monotonic() - first.begun
-        first.until(lambda: len(lines(whole)) > 0)
-        begun = time.monotonic()
-        first.until(lambda: len(lines(whole)) == ROUNDS)
-        round_seconds = (time.monotonic() - begun) / (ROUNDS - 1)
+        reached_at = []
+        for played in (None, 1, ROUNDS):
+            first.until(lambda n=played: f"\n{EVALUATING}" in first.said if n is None else len(lines(whole)) >= n)
+            reached_at.append(time.monotonic())
+        evaluates, learned, ended = reached_at
+        times = Times(evaluates - first.begun, learned - evaluates, (ended - learned) / (ROUNDS - 1))
         if first.ended():
             sys.exit(f"the undisturbed run failed:\n{first.said}")
         signals = []
         for moment in [*moments, "ending"]:
             cache = "off" if moment == "compiling" else f"{folder}/cache"
-            signals.append(preempt(moment, Run(out, cache), chance, start_seconds, round_seconds))
+            signals.append(preempt(moment, Run(out, cache), chance, times))
             print(json.dumps(signals[-1]), file=sys.stderr, flush=True)
         last = Run(out, f"{folder}/cache")
         if last.ended():

@@ -26,12 +26,14 @@ def test_busy_time_is_that_of_the_union(spans, times):
         assert until(t) == pytest.approx(len(units))
 
 
+# One call takes about a tenth of a second, so that what other processes take between two calls does not count.
+WORK = jax.jit(lambda a: jax.lax.fori_loop(0, 250, lambda _, b: jnp.tanh(b @ b), a))
+
+
 def busy_for(seconds):
-    work = jax.jit(lambda a: jax.lax.fori_loop(0, 20, lambda _, b: jnp.tanh(b @ b), a))
-    a = jnp.eye(400)
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
-        a = work(a).block_until_ready()
+        WORK(jnp.eye(400)).block_until_ready()
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ def read_timeline(folder: pathlib.Path) -> dict:
     newest = max(pathlib.Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime_ns)
     planes = list(jax.profiler.ProfileData.from_file(str(newest)).planes)
     phases = [
-        (event.name.removeprefix(PREFIX), event.start_ns, event.start_ns + event.duration_ns)
+        (event.name.removeprefix(PREFIX), *_span(event))
         for plane in planes for line in plane.lines for event in line.events if event.name.startswith(PREFIX)
     ]  # fmt: skip
     phases.sort(key=lambda phase: phase[1])
@@ -119,16 +119,21 @@ def _spans(planes) -> dict[str, list]:
             lines = list(plane.lines)
             streams = [line for line in lines if line.name.startswith("Stream")]  # a GPU's, kernel by kernel
             used = streams or [line for line in lines if line.name == "XLA Ops"] or lines
-            spans = [(e.start_ns, e.start_ns + e.duration_ns) for line in used for e in line.events]
+            spans = [_span(event) for line in used for event in line.events]
             if spans:
                 devices[plane.name.removeprefix("/device:")] = spans
     if not devices:
         devices["CPU"] = [
-            (e.start_ns, e.start_ns + e.duration_ns)
-            for plane in planes if plane.name == "/host:CPU" for line in plane.lines for e in line.events
-            if any(name == "hlo_op" for name, _ in e.stats)
+            _span(event)
+            for plane in planes if plane.name == "/host:CPU" for line in plane.lines for event in line.events
+            if any(name == "hlo_op" for name, _ in event.stats)
         ]  # fmt: skip
     return devices
+
+
+def _span(event) -> tuple[float, float]:
+    """(start, end) in ns."""
+    return event.start_ns, event.start_ns + event.duration_ns
 
 
 def _busy_until(spans: list) -> Callable:

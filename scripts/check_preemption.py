@@ -94,8 +94,8 @@ def wait_for(moment: str, run: Run, chance: random.Random, times: Times) -> None
     played = len(lines(run.out))
     after = chance.random()
     if moment in ("starting", "compiling"):
-        spread = times.start if moment == "starting" else times.compiling
-        until = run.begun + after * spread + (0 if moment == "starting" else times.start)
+        begin, lasts = (0.0, times.start) if moment == "starting" else (times.start, times.compiling)
+        until = run.begun + begin + after * lasts
         return run.until(lambda: time.monotonic() >= until)
     if moment == "saving":
         run.until(lambda: len(lines(run.out)) > played and is_saving(run.out))
@@ -163,12 +163,13 @@ def main() -> int:
         for path in (whole, out):
             path.with_suffix(".toml").write_text("[mesh]\nfsdp = -1\n")
         first = Run(whole, "off")
-        reached_at = []
-        for played in (None, 1, ROUNDS):
-            first.until(lambda n=played: f"\n{EVALUATING}" in first.said if n is None else len(lines(whole)) >= n)
-            reached_at.append(time.monotonic())
-        evaluates, learned, ended = reached_at
-        times = Times(evaluates - first.begun, learned - evaluates, (ended - learned) / (ROUNDS - 1))
+        first.until(lambda: f"\n{EVALUATING}" in first.said)
+        evaluates = time.monotonic()
+        first.until(lambda: len(lines(whole)) > 0)
+        learned = time.monotonic()
+        first.until(lambda: len(lines(whole)) == ROUNDS)
+        each = (time.monotonic() - learned) / (ROUNDS - 1)
+        times = Times(evaluates - first.begun, learned - evaluates, each)
         if first.ended():
             sys.exit(f"the undisturbed run failed:\n{first.said}")
         signals = []

@@ -64,8 +64,8 @@ def train(
     Ctrl-C once saves the run and prints the command that goes on with it; so does SIGTERM, with status 143. Where one
     of several processes is lost the others end with status 75; start all of them again with --resume.
 
-    --trace 2 records the second round, the first that compiles nothing, into OUT/trace; the report draws when the
-    devices were busy.
+    --trace 2 records the second round, after the first has compiled most programs, into OUT/trace; the report draws
+    when the devices were busy.
 
     \b
     Example:

@@ -222,8 +222,7 @@ def interval_chart(rows: Sequence[tuple[str, Interval | None, Interval | None]],
                 parts.append(f'<circle class="dot {colour}" cx="{cx}" cy="{y + dy}" r="5"/>')
         parts.append(_hit(0, 100, i * row_height, row_height, "\n".join([name, *told])) + "</g>")
     key = _legend([("s7", "before", ""), ("s1", "after", "")])
-    opening = f'<svg class="plot rows" height="{height}" role="img" aria-label="{inline(about, 200)}">'
-    return f"{key}{opening}{''.join(parts)}</svg>"
+    return key + _rows_svg(height, about, parts)
 
 
 @dataclass(frozen=True)
@@ -267,8 +266,7 @@ def timeline_chart(spans: Sequence[Span], rows: Sequence[tuple[str, Values]], le
     parts += [_hit(100 * s.begin, 100 * (s.end - s.begin), 0, height, s.told) for s in spans]
     named = {s.name: s.colour for s in spans}
     key = _legend([(colour, name, "") for name, colour in named.items()])
-    opening = f'<svg class="plot rows" height="{height}" role="img" aria-label="{inline(about, 200)}">'
-    return f"{key}{opening}{''.join(parts)}</svg>"
+    return key + _rows_svg(height, about, parts)
 
 
 def _curve(values: Values, scale: Scale, kind: str, dots: bool = False) -> str:
@@ -319,6 +317,12 @@ def _svg(height: int, about: str, y_axis: str, x_axis: str, curves: Sequence[str
         f'<svg class="plot" height="{height}" role="img" aria-label="{inline(about, 200)}">'
         f"{y_axis}{x_axis}{inner}{hits}</svg>"
     )
+
+
+def _rows_svg(height: int, about: str, parts: Sequence[str]) -> str:
+    """A plot whose rows have names beside them."""
+    opening = f'<svg class="plot rows" height="{height}" role="img" aria-label="{inline(about, 200)}">'
+    return f"{opening}{''.join(parts)}</svg>"
 
 
 def _hit(x: float, width: float, y: float, height: float, told: str) -> str:

@@ -61,6 +61,12 @@ def at(value, *path: str):
     return value
 
 
+def listed(value, *path: str) -> list:
+    """The list at `path` in nested dicts, an empty one where there is none."""
+    found = at(value, *path)
+    return found if isinstance(found, list) else []
+
+
 def finite(value) -> float | None:
     """`value` as a float where it is a number that charts can hold."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e100 < value < 1e100:

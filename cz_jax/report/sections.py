@@ -19,7 +19,7 @@ from cz_jax.report.charts import (
 )
 from cz_jax.report.learned import estimate, evaluated, interval_text
 from cz_jax.report.markup import card, inline, number, percent, seconds, short, table
-from cz_jax.report.read import Run, at, finite, mean
+from cz_jax.report.read import Run, at, finite, listed, mean
 
 PALETTE = tuple(f"s{i}" for i in (1, 2, 3, 4, 5, 6, 8))
 LONGEST_WINDOW = 50
@@ -250,21 +250,19 @@ def phases(run: Run, bins: Bins) -> str:
 
 def timeline(run: Run) -> str:
     """When the devices were busy in the one round that was recorded."""
-    length, told = finite(at(run.timeline, "seconds")), at(run.timeline, "phases")
-    spans, rows = [], []
-    for phase in told if isinstance(told, list) else ():
+    length = finite(at(run.timeline, "seconds"))
+    devices, spans, rows = listed(run.timeline, "devices"), [], []
+    for phase in listed(run.timeline, "phases"):
         begin, end, busy = (finite(at(phase, key)) for key in ("begin", "end", "busy"))
         if length and None not in (begin, end, busy) and 0 <= begin < end <= length * (1 + 1e-6):
             name = str(at(phase, "name"))
             text = f"{name.replace('_', ' ')}: {number(end - begin)} s, devices busy {percent(busy)}"
             spans.append(Span(name.replace("_", " "), begin / length, end / length, PHASES.get(name, "s5"), text))
-    devices = at(run.timeline, "devices")
-    for device in devices[:MOST_DEVICES] if isinstance(devices, list) else ():
-        bins = at(device, "bins")
-        rows.append((str(at(device, "name")), [finite(v) for v in bins] if isinstance(bins, list) else []))
+    for device in devices[:MOST_DEVICES]:
+        rows.append((str(at(device, "name")), [finite(v) for v in listed(device, "bins")]))
     if not spans:
         return ""
-    busy = mean([finite(at(device, "busy")) for device in devices] if isinstance(devices, list) else [])
+    busy = mean([finite(at(device, "busy")) for device in devices])
     chart = timeline_chart(spans, rows, length, "When the devices were busy")
     about = f"Round {number(finite(at(run.timeline, 'round')))}, devices busy {percent(busy)} of {seconds(length)}."
     return card("One round on the devices", chart, about)

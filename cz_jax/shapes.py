@@ -45,6 +45,13 @@ def group(count: int) -> int:
     return 2 if count <= 2 else -(-count // 8) * 8
 
 
+def cache_lengths(new_tokens: int) -> tuple[int, ...]:
+    """How long the caches of a call's new tokens are, one length after the other: half, then all, so that its early
+    steps do not read the second half, which is empty yet. Each length is compiled, so that few tokens have one."""
+    half = -(-new_tokens // 32) * 16
+    return (half, new_tokens) if new_tokens >= 64 else (new_tokens,)
+
+
 def slots(most: int, multiple: int) -> int:
     """`most`, lowered to a multiple of `multiple` that is not 0."""
     return max(1, most // multiple) * multiple

@@ -10,7 +10,7 @@ from golden_models import FAMILIES, PlainTokenizer, load
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cz_jax import parallel, rng
+from cz_jax import parallel, rng, shapes
 from cz_jax.models import qwen
 from cz_jax.ports import SamplingMethod
 from cz_jax.sampling.engine import Engine, common_prefix
@@ -131,11 +131,13 @@ def test_stops_at_any_stop_id_and_counts_it():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_reported_logprobs_are_those_of_the_full_forward(family, temperature):
-    e, golden = engine(family)
+@pytest.mark.parametrize(("temperature", "new_tokens"), [(1.0, 20), (0.6, 20), (1.0, 100)])
+def test_reported_logprobs_are_those_of_the_full_forward(family, temperature, new_tokens):
+    e, golden = engine(family, eos=(2,) if new_tokens < 64 else (10**6,))
+    assert len(shapes.cache_lengths(new_tokens)) == (1 if new_tokens < 64 else 2)
     prompt = golden["tokens"][1][:9]
-    for s in e.sample([prompt.tolist()], [[1, 2, 3]], 20, SamplingMethod(temperature, top_p=0.9, top_k=50))[0]:
+    for s in e.sample([prompt.tolist()], [[1, 2, 3]], new_tokens, SamplingMethod(temperature, top_p=0.9, top_k=50))[0]:
+        assert s.ended or len(s.tokens) == new_tokens
         suffix = np.asarray(s.tokens)[None, None]
         hp, hs = qwen.shared_forward(e.arch, e.params(), prompt[None], np.array([9]), suffix)
         logits = qwen.logits_of(qwen.predicting_hidden(hp, np.array([9]), hs), qwen.head_matrix(e.arch, e.params()))

@@ -276,6 +276,15 @@ def empty_suffix(arch: Arch, rows: int, length: int, dtype) -> tuple:
     )
 
 
+def longer_suffix(suffix: tuple, length: int) -> tuple:
+    """`suffix` with room for `length` tokens a row, the further ones zeros."""
+
+    def pad(a, axis: int):
+        return jnp.pad(a, [(0, length - size if i == axis else 0) for i, size in enumerate(a.shape)])
+
+    return tuple((pad(keys, 3), pad(values, 2)) for keys, values in suffix)
+
+
 def decode(
     arch: Arch, layered_params: dict, tokens_PG, positions_PG, column, seen, prompt: PromptCache, visible,
     suffix: tuple, place_PG=None,

@@ -146,7 +146,8 @@ def rollout_bytes(call: Call, seat: Seat, mesh: Shape) -> int:
     included."""
     kept, all_prompts = caches(call, seat, mesh), Call(call.prompts, 1, call.prompt_tokens, 0)
     cache_of_prompts, at_once = caches(all_prompts, seat, mesh), all_prompts
-    if call.slots is not None:
+    queued = call.slots is not None
+    if queued:
         count = prompts_side_by_side(call.prompts // mesh.ways, call.slots // mesh.ways, call.group) * mesh.ways
         call, at_once = Call(call.slots, 1, call.prompt_tokens, call.tokens), Call(count, 1, call.prompt_tokens, 0)
     prompt = _sizes(at_once, seat, mesh)
@@ -155,7 +156,8 @@ def rollout_bytes(call: Call, seat: Seat, mesh: Shape) -> int:
         gathered = prompt.layer * seat.arch.layers
     rows = _local(call, mesh) * call.group
     prefill = cache_of_prompts + max(3 * prompt.ffn, 2 * prompt.scores) + 4 * prompt.hidden
-    step = kept + cache_of_prompts + 4 * rows * prompt.logits
+    copied = 0 if queued else (kept - cache_of_prompts) // 2  # the first half's caches, as the whole ones begin
+    step = kept + cache_of_prompts + max(4 * rows * prompt.logits, copied)
     return _read_head(prompt, seat, mesh) + prompt.layers + gathered + max(prefill, step)
 
 

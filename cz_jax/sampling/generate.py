@@ -66,23 +66,25 @@ def generate(
         "done": limits_PG == 0,
     }
     hidden = jnp.broadcast_to(last[:, None], (p, g, last.shape[-1]))
-    state = record(state, *next_token(hidden, 0), 0)
-    state["at"] = jnp.int32(0)
-    state["suffix"] = qwen.empty_suffix(arch, p * g, max_new_tokens, prompt.keys[0].dtype)
+    state = record(state, *next_token(hidden, 0), jnp.int32(0))
+    state["suffix"] = qwen.empty_suffix(arch, p * g, 0, prompt.keys[0].dtype)
 
     visible = (jnp.arange(prompts_PT.shape[1]) < lengths_P[:, None])[:, None]
 
     def body(state):
         at = state["at"]
         positions = jnp.broadcast_to(lengths_P[:, None] + at, (p, g))
-        seen = jnp.arange(max_new_tokens) <= at
+        seen = jnp.arange(state["suffix"][0][0].shape[-1]) <= at
         hidden, suffix = qwen.decode(
             arch, layered, state["last"], positions, at, seen, prompt, visible, state["suffix"]
         )
         at += 1
         return record(state | {"suffix": suffix}, *next_token(hidden, at), at)
 
-    state = jax.lax.while_loop(lambda s: (s["at"] + 1 < max_new_tokens) & ~s["done"].all(), body, state)
+    for length in shapes.cache_lengths(max_new_tokens):
+        state["suffix"] = qwen.longer_suffix(state["suffix"], length)
+        end = min(length, max_new_tokens - 1)  # nothing reads the keys and values of the last token
+        state = jax.lax.while_loop(lambda s, end=end: (s["at"] < end) & ~s["done"].all(), body, state)
     return Completions(state["tokens"], state["logprobs"], state["lengths"], state["ended"])
 
 

@@ -4,6 +4,8 @@ Legend: B rows, P prompts, G rows of a prompt, M prompts side by side, T queries
 heads, R = N / K, H head size.
 """
 
+from functools import partial, reduce
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -12,6 +14,7 @@ from cz_jax.errors import ConfigError
 
 KEPT = "product"  # the name of what a backward pass may keep: see models.qwen
 MASKED = -1e30  # finite, so that a query that sees no key gives numbers (which are masked later) and not NaN
+PIECES, PIECE_TOKENS = 4, 64  # of a row's queries: at most so many pieces, of so many tokens at least
 
 
 def implementation(asked: str, platform: str) -> str:
@@ -24,40 +27,6 @@ def implementation(asked: str, platform: str) -> str:
             f"run.attention=splash is a kernel for TPUs, and this is a {platform}", fix="run.attention=auto"
         )
     return asked
-
-
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_TS: jax.Array) -> jax.Array:
-    """Softmax attention; mask [T, S] (True: may be seen). Returns [B, T, N, H] in the dtype of v."""
-    *lead, n, h = q_BTNH.shape
-    q = q_BTNH.reshape(*lead, k_BSKH.shape[-2], -1, h)
-    scores = jnp.einsum("btkrh,bskh->bkrts", q, k_BSKH, preferred_element_type=jnp.float32) * h**-0.5
-    weights = jax.nn.softmax(jnp.where(mask_TS, scores, MASKED), axis=-1).astype(v_BSKH.dtype)
-    out = jnp.einsum("bkrts,bskh->btkrh", weights, v_BSKH, preferred_element_type=jnp.float32)
-    return out.astype(v_BSKH.dtype).reshape(q_BTNH.shape)
-
-
-def attend_shared(q_PGTNH: jax.Array, prefix, own) -> jax.Array:
-    """Attention of G rows of each prompt over the prompt's keys and, behind them, each row's own keys: one softmax.
-
-    prefix: (k, v [P, S, K, H], mask [P, S]); own: (k, v [P, G, S', K, H], mask broadcastable to [P, G, T, S']). The
-    prefix is read once for all G rows: they are folded into the query axis.
-    """
-    p, g, t, n, h = q_PGTNH.shape
-    kp, vp, prefix_mask = prefix
-    ko, vo, own_mask = own
-    k_heads = kp.shape[-2]
-    q = q_PGTNH.reshape(p, g, t, k_heads, n // k_heads, h)
-    scale = h**-0.5
-    sp = jnp.einsum("pgtkrh,pskh->pkrgts", q, kp, preferred_element_type=jnp.float32) * scale
-    so = jnp.einsum("pgtkrh,pgskh->pkrgts", q, ko, preferred_element_type=jnp.float32) * scale
-    sp = jnp.where(prefix_mask[:, None, None, None, None, :], sp, MASKED)
-    so = jnp.where(jnp.broadcast_to(own_mask, (p, g, t, ko.shape[2]))[:, None, None], so, MASKED)
-    top = jax.lax.stop_gradient(jnp.maximum(sp.max(-1), so.max(-1))[..., None])
-    ep, eo = jnp.exp(sp - top), jnp.exp(so - top)
-    out = jnp.einsum("pkrgts,pskh->pgtkrh", ep.astype(vp.dtype), vp, preferred_element_type=jnp.float32)
-    out += jnp.einsum("pkrgts,pgskh->pgtkrh", eo.astype(vo.dtype), vo, preferred_element_type=jnp.float32)
-    total = jnp.moveaxis(ep.sum(-1) + eo.sum(-1), (1, 2), (3, 4))[..., None]  # p g t k r 1
-    return (out / total).astype(vo.dtype).reshape(q_PGTNH.shape)
 
 
 def attend_cached(q_PGNH: jax.Array, prompt, own) -> jax.Array:
@@ -105,21 +74,58 @@ def attend_packed(q_PTNH, k_PTKH, v_PTKH, lengths_P, suffixes: int, suffix_token
     """Attention of right-padded prompts and, behind each, of its suffixes, one behind the other: a prompt's token sees
     the earlier ones, a suffix's token the prompt and the earlier ones of its own suffix. [P, T, N, H] in the dtype of
     v, meaningless where a prompt is padding."""
-    p, positions = q_PTNH.shape[:2]
+    p, positions, heads, h = k_PTKH.shape
     prompt = positions - suffixes * suffix_tokens
 
-    def cut(a):
-        return a[:, :prompt], a[:, prompt:].reshape(p, suffixes, suffix_tokens, *a.shape[2:])
+    def heads_first(a, rows: int):  # [P, K, G, R, T, H], the order of all products, which turn no scores over then
+        return jnp.transpose(a.reshape(p, rows, -1, heads, a.shape[2] // heads, h), (0, 3, 1, 4, 2, 5))
 
-    (qp, qs), (kp, ks), (vp, vs) = cut(q_PTNH), cut(k_PTKH), cut(v_PTKH)
-    out = attend(qp, kp, vp, causal(prompt))
+    def of_rows(part: slice, rows: int):
+        q, k, v = (heads_first(a[:, part], rows) for a in (q_PTNH, k_PTKH, v_PTKH))
+        return q, k[:, :, :, 0], v[:, :, :, 0]
+
+    def tokens_first(out):
+        return jnp.transpose(out, (0, 2, 4, 1, 3, 5)).reshape(p, -1, *q_PTNH.shape[2:])
+
+    q, k, v = of_rows(slice(prompt), 1)
+    out = tokens_first(_attend_earlier(q, k, v))
     if suffixes:
         visible = jnp.arange(prompt) < lengths_P[:, None]
-        behind = attend_shared(qs, (kp, vp, visible), (ks, vs, causal(suffix_tokens)))
-        out = jnp.concatenate([out, behind.reshape(p, suffixes * suffix_tokens, *behind.shape[3:])], axis=1)
+        prefix = k[:, :, 0], v[:, :, 0], visible[:, None, None, None, None]
+        behind = _attend_earlier(*of_rows(slice(prompt, None), suffixes), prefix)
+        out = jnp.concatenate([out, tokens_first(behind)], axis=1)
     return checkpoint_name(out, KEPT)
 
 
-def causal(length: int) -> jax.Array:
-    """bool [T, T]: query t sees keys 0..t."""
-    return jnp.tril(jnp.ones((length, length), bool))
+def _attend_earlier(q_PKGRTH, k_PKGTH, v_PKGTH, *prefix) -> jax.Array:
+    """`_attend` to `prefix` and to the tokens of the own row up to the query's own. Queries are taken a piece of a row
+    at a time, so that scores behind its last are not worked out."""
+    tokens = k_PKGTH.shape[3]
+    width = max(PIECE_TOKENS, -(-tokens // PIECES))
+    out = []
+    for start in range(0, tokens, width):
+        end = min(start + width, tokens)
+        seen = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+        own = k_PKGTH[..., :end, :], v_PKGTH[..., :end, :], seen
+        out.append(_attend(q_PKGRTH[..., start:end, :], *prefix, own))
+    return jnp.concatenate(out, axis=-2)
+
+
+def _attend(q_PKGRTH, *parts) -> jax.Array:
+    """One softmax over the keys of all parts: (k, v, mask broadcastable to [P, K, G, R, T, S]), where k and v are the
+    rows' own, [P, K, G, S, H], or shared, [P, K, S, H], and then read once. [P, K, G, R, T, H] in the dtype of q."""
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = []
+    for k, _, mask in parts:
+        equation = "pkgrth,pksh->pkgrts" if k.ndim == 4 else "pkgrth,pkgsh->pkgrts"
+        scores.append(jnp.where(mask, product(equation, q_PKGRTH, k) * k.shape[-1] ** -0.5, MASKED))
+    top = jax.lax.stop_gradient(reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores]))
+    out = total = 0.0
+    for (_, v, mask), s in zip(parts, scores, strict=True):
+        # exp is 0 where the mask is False. Without this XLA on a CPU makes one library call of exp and product, whose
+        # buffers are not in its plan of the program's memory.
+        weights = jnp.where(mask, jnp.exp(s - top), 0.0)
+        equation = "pkgrts,pksh->pkgrth" if v.ndim == 4 else "pkgrts,pkgsh->pkgrth"
+        out += product(equation, weights.astype(v.dtype), v)
+        total += weights.sum(-1, keepdims=True)
+    return (out / total).astype(q_PKGRTH.dtype)

@@ -151,6 +151,22 @@ def test_which_kernel_a_platform_has():
         attention.implementation("splash", "cpu")
 
 
+def test_queries_taken_in_pieces_see_what_they_see_at_once(monkeypatch):
+    p, tp, g, ts = 2, 21, 3, 17
+    draws = np.random.default_rng(3)
+    q, k, v = (draws.normal(size=(p, tp + g * ts, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
+    lengths, weights = np.array([21, 13]), draws.normal(size=q.shape).astype(np.float32)
+    weights[1, 13:tp] = 0  # padding
+
+    def pulled(least: int):
+        monkeypatch.setattr(attention, "PIECE_TOKENS", least)
+        out, pull = jax.vjp(lambda *a: attention.attend_packed(*a, lengths, g, ts), q, k, v)
+        return out, *pull(weights)
+
+    for pieces, at_once in zip(pulled(4), pulled(1000), strict=True):
+        np.testing.assert_allclose(pieces, at_once, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_stays_near_float32(family):
     arch, params, golden = load(family)

@@ -14,7 +14,7 @@ from cz_jax.errors import ConfigError
 
 KEPT = "product"  # the name of what a backward pass may keep: see models.qwen
 MASKED = -1e30  # finite, so that a query that sees no key gives numbers (which are masked later) and not NaN
-PIECES, PIECE_TOKENS = 4, 64  # of a row's queries: at most so many pieces, of so many tokens at least
+PIECES, PIECE_TOKENS = 4, 128  # of a row's queries: at most so many pieces, of so many tokens at least
 
 
 def implementation(asked: str, platform: str) -> str:

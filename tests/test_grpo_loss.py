@@ -14,7 +14,16 @@ from reference_grpo import loss_and_gradient
 
 from cz_jax.config import GrpoConfig
 from cz_jax.grpo.advantages import advantages, has_signal
-from cz_jax.grpo.loss import Denominators, LossOptions, add_sums, denominators, finish_metrics, grpo_loss, zero_sums
+from cz_jax.grpo.loss import (
+    Denominators,
+    LossOptions,
+    add_sums,
+    denominators,
+    finish_metrics,
+    grpo_loss,
+    loss_inputs,
+    zero_sums,
+)
 
 P, G, T, MAX_TOKENS = 3, 4, 11, 16
 # float32 against float64: about a hundred roundings of 2^-24 on numbers of one size.
@@ -40,10 +49,8 @@ def batch(seed=0, spread=0.4):
 def run(new, old, behaviour, reference, advantages_PG, mask, over, options, own):
     """((loss, sums), gradient) of grpo_loss."""
 
-    def f(x):
-        return grpo_loss(x, old, behaviour, reference, advantages_PG, mask, over, options, own)
-
-    return jax.value_and_grad(f, has_aux=True)(new)
+    inputs = loss_inputs(old, behaviour, reference, advantages_PG, mask, over, options.loss, own)
+    return jax.value_and_grad(grpo_loss, has_aux=True)(new, inputs, options)
 
 
 def run_batch(b, options, over=None, rows=slice(None)):
@@ -234,7 +241,7 @@ def test_options_and_denominators_refuse_nonsense():
         LossOptions("mean")
     with pytest.raises(ValueError, match="nothing to train on"):
         denominators(np.zeros((2, 2), int), 8)
-    with pytest.raises(ValueError, match="reference_logprobs"):
+    with pytest.raises(ValueError, match="reference log-prob"):
         run_batch(batch() | {"reference": None}, LossOptions(kl=0.1))
     assert denominators([[3, 0], [5, 2]], 8) == Denominators(10.0, 4.0, 8.0)
 

@@ -24,9 +24,11 @@ import numpy as np
 LossName = Literal["token_mean", "sequence_mean", "dr_grpo"]
 MAX_LOG_RATIO = 20.0  # log-ratios are clamped to +-this before exp; beyond it they carry no gradient
 
-# What `grpo_loss` sums over tokens, by name. All are added over micro-batches, but the maximum is taken of a "_max".
+# What is summed over tokens, by name: by `grpo_loss`, but for the entropy, which is known where the logits are. All are
+# added over parts of a batch, but the maximum is taken of a "_max".
 SUM_NAMES = (
     "tokens",
+    "entropy",
     "ratio",
     "clipped_low",
     "clipped_high",
@@ -84,50 +86,68 @@ def denominators(lengths_PG, max_new_tokens: int) -> Denominators:
     return Denominators(*(np.float32(n) for n in (tokens, lengths_PG.size, max_new_tokens)))
 
 
-def grpo_loss(
-    new_logprobs_PGT: jax.Array,
-    old_logprobs_PGT: jax.Array | None,
-    behaviour_logprobs_PGT: jax.Array | None,
-    reference_logprobs_PGT: jax.Array | None,
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LossInputs:
+    """What the loss of a token depends on beside its log-probability under the policy; all of one shape, of which the
+    loss knows nothing: tokens may be taken in any order and in parts."""
+
+    old: jax.Array | None  # float32, nats; None: the policy of the batch is the present one (the first update on it)
+    behaviour: jax.Array | None  # float32, nats: what the sampler reported; None: w = 1 everywhere
+    reference: jax.Array | None  # float32, nats: needed where kl > 0, otherwise only measured
+    advantages: jax.Array  # float32
+    mask: jax.Array  # bool: completion tokens
+    own: jax.Array  # bool: tokens whose `behaviour` is used; the others have w = 1
+    share: jax.Array  # float32: what the token's loss counts for in that of the batch
+
+
+def loss_inputs(
+    old_PGT: jax.Array | None,
+    behaviour_PGT: jax.Array | None,
+    reference_PGT: jax.Array | None,
     advantages_PG: jax.Array,
     mask_PGT: jax.Array,
-    denominators: Denominators,
-    options: LossOptions,
+    over: Denominators,
+    loss: LossName,
     own_P: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """This micro-batch's share of the batch's loss (float32 scalar) and the sums for its metrics (float32 scalars).
-
-    Log-probabilities are in nats and of the token at each position; mask_PGT (bool) is true at completion tokens, a
-    sequence must not be split over micro-batches. The gradient is with respect to `new_logprobs_PGT` alone.
-    old None: the policy of the batch is the present one (the first update on it), r = 1.
-    behaviour: what the sampler reported; it is used only in the groups that are True in `own_P` (bool [P]; None: all),
-    the others have w = 1. None: w = 1 everywhere.
-    reference: needed where options.kl > 0, otherwise only measured. ValueError where it is missing.
-    """
-    if options.kl > 0 and reference_logprobs_PGT is None:
-        raise ValueError(
-            f"kl={options.kl} needs reference_logprobs_PGT, the log-probabilities under the starting weights"
-        )
+) -> LossInputs:
+    """The inputs of a micro-batch, all [P, G, T], over which no sequence may be split. `own_P` (bool [P]): the groups
+    whose answers were sampled here; None: all."""
     mask_PGT = mask_PGT.astype(bool)
-    new_PGT = _masked(new_logprobs_PGT, mask_PGT)
-    old_PGT = jax.lax.stop_gradient(new_PGT if old_logprobs_PGT is None else _masked(old_logprobs_PGT, mask_PGT))
-    advantages_PGT = _masked(jnp.broadcast_to(advantages_PG[..., None], mask_PGT.shape), mask_PGT)
-    advantages_PGT = jnp.where(jnp.isfinite(advantages_PGT), advantages_PGT, jnp.nan)
+    own_PGT = mask_PGT if own_P is None else mask_PGT & own_P.astype(bool)[:, None, None]
+    advantages_PGT = jnp.broadcast_to(advantages_PG[..., None], mask_PGT.shape)
+    share_PGT = _share(mask_PGT, over, loss)
+    return LossInputs(old_PGT, behaviour_PGT, reference_PGT, advantages_PGT, mask_PGT, own_PGT, share_PGT)
 
-    surrogate_PGT, sums = _clipped_surrogate(_clamped(new_PGT - old_PGT), advantages_PGT, mask_PGT, options)
-    if behaviour_logprobs_PGT is not None:
-        own_PGT = mask_PGT if own_P is None else mask_PGT & own_P.astype(bool)[:, None, None]
-        weight_PGT, more = _importance_weight(old_PGT, behaviour_logprobs_PGT, own_PGT, options.importance_cap)
-        surrogate_PGT, sums = surrogate_PGT * weight_PGT, sums | more
-    loss_PGT = -surrogate_PGT
-    if reference_logprobs_PGT is not None:
-        reference_PGT = jax.lax.stop_gradient(_masked(reference_logprobs_PGT, mask_PGT))
-        k3_PGT = _k3(_clamped(reference_PGT - new_PGT))
-        sums |= {"reference_tokens": _total(mask_PGT), "reference_kl": _total(k3_PGT)}
+
+def grpo_loss(
+    new_logprobs: jax.Array, inputs: LossInputs, options: LossOptions
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What these tokens add to the batch's loss (float32 scalar) and to the sums for its metrics (float32 scalars).
+
+    `new_logprobs`: in nats, of the shape of `inputs`; the gradient is with respect to them alone. ValueError where
+    options.kl > 0 and there are no reference log-probabilities.
+    """
+    if options.kl > 0 and inputs.reference is None:
+        raise ValueError(f"kl={options.kl} needs reference log-probabilities, those under the starting weights")
+    mask = inputs.mask
+    new = _masked(new_logprobs, mask)
+    old = jax.lax.stop_gradient(new if inputs.old is None else _masked(inputs.old, mask))
+    advantages = _masked(inputs.advantages, mask)
+    advantages = jnp.where(jnp.isfinite(advantages), advantages, jnp.nan)
+
+    surrogate, sums = _clipped_surrogate(_clamped(new - old), advantages, mask, options)
+    if inputs.behaviour is not None:
+        weight, more = _importance_weight(old, inputs.behaviour, inputs.own, options.importance_cap)
+        surrogate, sums = surrogate * weight, sums | more
+    loss = -surrogate
+    if inputs.reference is not None:
+        reference = jax.lax.stop_gradient(_masked(inputs.reference, mask))
+        k3 = _k3(_clamped(reference - new))
+        sums |= {"reference_tokens": _total(mask), "reference_kl": _total(k3)}
         if options.kl > 0:
-            loss_PGT += options.kl * k3_PGT
-    sums = zero_sums() | jax.lax.stop_gradient(sums)
-    return _aggregate(loss_PGT, mask_PGT, denominators, options.loss), sums
+            loss += options.kl * k3
+    return _total(loss * inputs.share), zero_sums() | jax.lax.stop_gradient(sums)
 
 
 def zero_sums() -> dict[str, jax.Array]:
@@ -166,9 +186,9 @@ def finish_metrics(sums: dict[str, jax.Array]) -> dict[str, float]:
     return metrics
 
 
-def _masked(x_PGT, mask_PGT) -> jax.Array:
+def _masked(x, mask) -> jax.Array:
     # Zero before any exp: a masked NaN or infinity would otherwise come back as 0 * NaN in the gradient.
-    return jnp.where(mask_PGT, x_PGT.astype(jnp.float32), 0.0)
+    return jnp.where(mask, x.astype(jnp.float32), 0.0)
 
 
 def _total(x) -> jax.Array:
@@ -184,46 +204,48 @@ def _k3(log_ratio) -> jax.Array:
     return jnp.expm1(log_ratio) - log_ratio
 
 
-def _clipped_surrogate(log_ratio_PGT, advantages_PGT, mask_PGT, options: LossOptions):
+def _clipped_surrogate(log_ratio, advantages, mask, options: LossOptions):
     """min(r A, clip(r) A), and the sums about r. At masked tokens r = 1 and A = 0."""
-    ratio_PGT, low, high = jnp.exp(log_ratio_PGT), 1.0 - options.clip_low, 1.0 + options.clip_high
-    surrogate_PGT = jnp.minimum(ratio_PGT * advantages_PGT, jnp.clip(ratio_PGT, low, high) * advantages_PGT)
+    ratio, low, high = jnp.exp(log_ratio), 1.0 - options.clip_low, 1.0 + options.clip_high
+    surrogate = jnp.minimum(ratio * advantages, jnp.clip(ratio, low, high) * advantages)
     sums = {
-        "tokens": _total(mask_PGT),
-        "ratio": _total(jnp.where(mask_PGT, ratio_PGT, 0.0)),
-        "clipped_low": _total((advantages_PGT < 0) & (ratio_PGT < low)),
-        "clipped_high": _total((advantages_PGT > 0) & (ratio_PGT > high)),
-        "policy_kl": _total(_k3(log_ratio_PGT)),
+        "tokens": _total(mask),
+        "ratio": _total(jnp.where(mask, ratio, 0.0)),
+        "clipped_low": _total((advantages < 0) & (ratio < low)),
+        "clipped_high": _total((advantages > 0) & (ratio > high)),
+        "policy_kl": _total(_k3(log_ratio)),
     }
-    return surrogate_PGT, sums
+    return surrogate, sums
 
 
-def _importance_weight(old_PGT, behaviour_PGT, own_PGT, cap: float):
+def _importance_weight(old, behaviour, own, cap: float):
     """min(exp(old - behaviour), cap) at own tokens and 1 elsewhere, without a gradient; 1 everywhere for cap 0."""
-    difference_PGT = jnp.where(own_PGT, old_PGT - behaviour_PGT.astype(jnp.float32), 0.0)
-    gap_PGT = jnp.abs(difference_PGT)
+    difference = jnp.where(own, old - behaviour.astype(jnp.float32), 0.0)
+    gap = jnp.abs(difference)
     sums = {
-        "own_tokens": _total(own_PGT),
-        "logprob_difference": _total(gap_PGT),
-        "logprob_difference_max": jnp.max(gap_PGT, initial=0.0),
+        "own_tokens": _total(own),
+        "logprob_difference": _total(gap),
+        "logprob_difference_max": jnp.max(gap, initial=0.0),
     }
     if cap <= 0:
         return jnp.float32(1.0), sums
-    raw_PGT = jnp.exp(_clamped(difference_PGT))
-    weight_PGT = jnp.where(own_PGT, jnp.minimum(raw_PGT, cap), 1.0)
+    raw = jnp.exp(_clamped(difference))
+    weight = jnp.where(own, jnp.minimum(raw, cap), 1.0)
     sums |= {
-        "weighted_tokens": _total(own_PGT),
-        "importance_weight": _total(jnp.where(own_PGT, weight_PGT, 0.0)),
-        "importance_truncated": _total(own_PGT & (raw_PGT > cap)),
+        "weighted_tokens": _total(own),
+        "importance_weight": _total(jnp.where(own, weight, 0.0)),
+        "importance_truncated": _total(own & (raw > cap)),
     }
-    return jax.lax.stop_gradient(weight_PGT), sums
+    return jax.lax.stop_gradient(weight), sums
 
 
-def _aggregate(loss_PGT, mask_PGT, over: Denominators, loss: LossName) -> jax.Array:
-    """The batch's mean of the per-token losses, this micro-batch's share of it; zero at masked tokens already."""
+def _share(mask_PGT, over: Denominators, loss: LossName) -> jax.Array:
+    """What each token counts for in the batch's mean of the per-token losses."""
     if loss == "token_mean":
-        return _total(loss_PGT) / over.tokens
-    if loss == "sequence_mean":
-        lengths_PG = jnp.sum(mask_PGT, axis=-1, dtype=jnp.float32)
-        return _total(jnp.sum(loss_PGT, axis=-1) / jnp.maximum(lengths_PG, 1.0)) / over.sequences
-    return _total(loss_PGT) / (over.sequences * over.max_tokens)
+        among = over.tokens
+    elif loss == "sequence_mean":
+        lengths_PG1 = jnp.sum(mask_PGT, axis=-1, keepdims=True, dtype=jnp.float32)
+        among = jnp.maximum(lengths_PG1, 1.0) * over.sequences
+    else:
+        among = over.sequences * over.max_tokens
+    return jnp.broadcast_to(jnp.float32(1.0) / among, mask_PGT.shape)

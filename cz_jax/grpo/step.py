@@ -17,9 +17,10 @@ import optax
 from cz_jax import shapes
 from cz_jax.config import Remat
 from cz_jax.grpo.batch import Batch
-from cz_jax.grpo.logprobs import completion_logprobs
-from cz_jax.grpo.loss import Denominators, LossOptions, add_sums, grpo_loss, zero_sums
+from cz_jax.grpo.logprobs import chunked_logprobs, chunked_loss
+from cz_jax.grpo.loss import Denominators, LossOptions, add_sums, loss_inputs, zero_sums
 from cz_jax.grpo.optimizer import apply_updates
+from cz_jax.models import qwen
 from cz_jax.models.lora import join
 from cz_jax.models.spec import Arch
 
@@ -60,11 +61,14 @@ def _micro(batch: Batch, i) -> Batch:
     return jax.tree.map(lambda a: a[i], batch)
 
 
-def _micro_logprobs(options: StepOptions, params, micro: Batch):
-    return completion_logprobs(
-        options.arch, params, micro.prompts, micro.prompt_lengths, micro.completions, dtype=jnp.dtype(options.dtype),
-        remat=options.remat, chunk=options.chunk, temperature=options.temperature,
-    )  # fmt: skip
+def _predicting(options: StepOptions, params, micro: Batch):
+    """(the hidden states that predict the completions [P, G, T, D], the head's matrix [D, V]); each prompt is computed
+    once for its G completions. What stands in a completion's padding is read too: mask it."""
+    arch, dtype = options.arch, jnp.dtype(options.dtype)
+    prompt, suffix = qwen.shared_forward(
+        arch, params, micro.prompts, micro.prompt_lengths, micro.completions, dtype, options.remat
+    )
+    return qwen.predicting_hidden(prompt, micro.prompt_lengths, suffix), qwen.head_matrix(arch, params)
 
 
 @partial(jax.jit, static_argnames=("options",))
@@ -73,41 +77,35 @@ def batch_logprobs(options: StepOptions, params: dict, batch: Batch) -> jax.Arra
     0 in empty micro-batches."""
 
     def add(i, found):
-        return found.at[i].set(_micro_logprobs(options, params, _micro(batch, i))[0])
+        micro = _micro(batch, i)
+        hidden, head = _predicting(options, params, micro)
+        read = partial(chunked_logprobs, chunk=options.chunk, temperature=options.temperature)
+        return found.at[i].set(read(hidden, head, micro.completions))
 
     return jax.lax.fori_loop(0, shapes.filled(batch.lengths), add, jnp.zeros(batch.completions.shape))
 
 
 @partial(jax.jit, static_argnames=("options",))
 def loss_and_gradients(options: StepOptions, trainable: dict, frozen: dict, batch: Batch, over: Denominators):
-    """(loss, gradients of `trainable` in float32, sums of `grpo.loss` plus "entropy") of a whole batch."""
+    """(loss, gradients of `trainable` in float32, sums of `chunked_loss`) of a whole batch."""
 
     def micro_loss(trainable, micro: Batch):
-        new, entropy = _micro_logprobs(options, join(trainable, frozen), micro)
-        loss, sums = grpo_loss(
-            new,
-            micro.old,
-            micro.behaviour,
-            micro.reference,
-            micro.advantages,
-            micro.mask,
-            over,
-            options.loss,
+        hidden, head = _predicting(options, join(trainable, frozen), micro)
+        inputs = loss_inputs(
+            micro.old, micro.behaviour, micro.reference, micro.advantages, micro.mask, over, options.loss.loss,
             micro.own,
-        )
-        return loss, (sums, jnp.where(micro.mask, entropy, 0.0).sum())
+        )  # fmt: skip
+        read = partial(chunked_loss, chunk=options.chunk, temperature=options.temperature)
+        return read(hidden, head, micro.completions, inputs, options.loss)
 
     def add(i, total):
-        micro = _micro(batch, i)
-        (loss, (sums, entropy)), gradients = jax.value_and_grad(micro_loss, has_aux=True)(trainable, micro)
-        old_loss, old_gradients, old_sums, old_entropy = total
+        (loss, sums), gradients = jax.value_and_grad(micro_loss, has_aux=True)(trainable, _micro(batch, i))
+        old_loss, old_gradients, old_sums = total
         gradients = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), old_gradients, gradients)
-        return old_loss + loss, gradients, add_sums(old_sums, sums), old_entropy + entropy
+        return old_loss + loss, gradients, add_sums(old_sums, sums)
 
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), trainable)
-    start = (jnp.zeros(()), zeros, zero_sums(), jnp.zeros(()))
-    loss, gradients, sums, entropy = jax.lax.fori_loop(0, shapes.filled(batch.lengths), add, start)
-    return loss, gradients, sums | {"entropy": entropy}
+    return jax.lax.fori_loop(0, shapes.filled(batch.lengths), add, (jnp.zeros(()), zeros, zero_sums()))
 
 
 @partial(jax.jit, static_argnames=("options",), donate_argnames=("state",))

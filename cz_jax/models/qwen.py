@@ -33,8 +33,8 @@ _POLICIES = {"products": jax.checkpoint_policies.save_only_these_names(KEPT), "l
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x, kernel, dtype=None):
     """x [..., A] @ kernel [A, B] in `dtype` (None: theirs), whose derivatives are in theirs. That for the kernel is
-    written so that the narrower of its two operands is the one that is turned over: XLA on a CPU moves what it turns,
-    and all arithmetic that leads there, element by element through memory."""
+    written as a product of matrices: where rows have several axes XLA on a CPU turns one operand over first, and moves
+    it, and all arithmetic that leads there, element by element through memory."""
     return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
 
@@ -45,10 +45,8 @@ def _matmul_forward(x, kernel, dtype):
 def _matmul_backward(_, kept, dy):
     x, kernel = kept
     dy = dy.astype(x.dtype)
-    rows = tuple(range(x.ndim - 1))
-    narrow_first = (x, dy) if x.shape[-1] <= dy.shape[-1] else (dy, x)
-    dkernel = jax.lax.dot_general(*narrow_first, ((rows, rows), ((), ())))
-    return dy @ kernel.T, dkernel if narrow_first[0] is x else dkernel.T
+    rows_x, rows_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    return dy @ kernel.T, jax.lax.dot_general(rows_x, rows_dy, (((0,), (0,)), ((), ())))
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

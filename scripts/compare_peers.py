@@ -24,7 +24,7 @@ def ours(model: str, what: str, shape: list[str]) -> dict:
     flags = [
         f for pair in zip(("--prompts", "--group", "--prompt-tokens", "--new-tokens"), shape, strict=True) for f in pair
     ]
-    program = "from cz_jax.cli.main import program; program()"
+    program = "import sys; from cz_jax.cli.main import main; sys.exit(main())"
     out = run([sys.executable, "-c", program, "bench", what, "--model", model, *flags, "--json"])
     return {"seconds": out["seconds"], "bytes": out["peak_bytes"], "share": out["matmul_peak_share"]}
 

@@ -16,7 +16,6 @@ import pytest
 import cz_jax
 from cz_jax import doctor, local_swarm
 from cz_jax.cli import live, show
-from cz_jax.cli import main as cli
 from cz_jax.cli.main import command, main
 from cz_jax.errors import UserError
 
@@ -473,47 +472,6 @@ def test_json_values():
     told = show.plain_json(value)
     assert told == {"a": 0.5, "b": None, "c": [3, "x"], "d": {"total": 1.0, "parts": {"x": 1.0}}, "5": None}
     assert [show.duration(s) for s in (0, 59.9, 200, 7500)] == ["0 s", "59 s", "3 min 20 s", "2 h 05 min"]
-
-
-# ---- the console script
-
-
-@pytest.mark.parametrize("pages, told, then", [
-    ("always [madvise] never", None, "glibc.malloc.hugetlb=1"),
-    ("always [madvise] never", "glibc.malloc.arena_max=2", "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1"),
-    ("always [madvise] never", "glibc.malloc.hugetlb=0", None),
-    ("[always] madvise never", None, None),
-    ("always madvise [never]", None, None),
-    (None, None, None),
-])  # fmt: skip
-def test_it_begins_again_where_huge_pages_have_to_be_asked_for(monkeypatch, tmp_path, pages, told, then):
-    path, begun = tmp_path / "enabled", []
-    if pages is not None:
-        path.write_text(pages + "\n")
-    if told is None:
-        monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    else:
-        monkeypatch.setenv("GLIBC_TUNABLES", told)
-    monkeypatch.setattr(cli, "_HUGE_PAGES", path)
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "bin/cz-jax", "relay"])
-    monkeypatch.setattr(os, "execv", lambda *call: begun.append((*call, os.environ["GLIBC_TUNABLES"])))
-    cli._take_huge_pages()
-    words = [sys.executable, "-X", "dev", "bin/cz-jax", "relay"]
-    assert begun == ([] if then is None else [(sys.executable, words, then)])
-
-
-def test_the_process_that_begins_again_has_them(tmp_path):
-    pages = tmp_path / "enabled"
-    pages.write_text("always [madvise] never\n")
-    program = f"""if True:
-        import pathlib
-        from cz_jax.cli import main
-        main._HUGE_PAGES = pathlib.Path({str(pages)!r})
-        main.program()"""
-    bare = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    call = [sys.executable, "-c", program, "doctor", "--json"]
-    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, timeout=60, env=bare)
-    assert json.loads(done.stdout)["variables"]["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1", done.stderr
 
 
 # ---- doctor

@@ -6,7 +6,6 @@ the run is gone, 1 anything else, with its traceback.
 
 import contextlib
 import os
-import pathlib
 import signal
 import sys
 import traceback
@@ -18,7 +17,6 @@ from cz_jax.cli import machine, models, runs, show, swarm
 from cz_jax.errors import UserError, one_line
 
 _UsageError = typer.BadParameter.__bases__[0]  # typer exports the leaf alone
-_HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def _version(wanted: bool) -> None:
@@ -101,18 +99,6 @@ def main(argv: list[str] | None = None) -> int:
         raise
 
 
-def _take_huge_pages() -> None:
-    """Where Linux has huge pages for those that ask, go on as a process whose C library (glibc from 2.35; others ignore
-    it) asks for them, which a variable tells it before it starts. Weights and activations lie in what it hands out, and
-    with pages of 4 KiB a CPU spends some 4% of a round on finding and clearing them. What the variable says already
-    holds."""
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    with contextlib.suppress(OSError):
-        if "glibc.malloc.hugetlb" not in tunables and "[madvise]" in _HUGE_PAGES.read_text():
-            os.environ["GLIBC_TUNABLES"] = f"{tunables}:glibc.malloc.hugetlb=1".lstrip(":")
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
 def _leave(number, frame) -> None:
     """SIGTERM where nothing stands yet that would save or tidy up: out at once, in the middle of an import if need be,
     which an exception would break."""
@@ -123,7 +109,6 @@ def _leave(number, frame) -> None:
 def program() -> None:
     """The console script: `main`, and out. After an interrupt or a defect at once: a compiled program may still be
     computing in a thread, which an ordinary exit would wait for or crash in, and jax.distributed waits for others."""
-    _take_huge_pages()
     signal.signal(signal.SIGTERM, _leave)
     try:
         status = main()

@@ -64,6 +64,19 @@ def test_sharing_the_prompt_equals_repeating_it(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_reading_last_tokens_alone_equals_reading_all(family):
+    arch, params, golden = load(family)
+    tokens = golden["tokens"]
+    prompts, lengths = tokens[:2, :12], np.array([12, 9])
+    suffixes = np.stack([tokens[:2, 12:20], tokens[:2, 20:28], tokens[:2, 28:36]], axis=1)
+    suffix_lengths = np.array([[8, 1, 5], [3, 8, 2]])
+    _, hidden = qwen.shared_forward(arch, params, prompts, lengths, suffixes)
+    last = qwen.last_hidden(arch, params, prompts, lengths, suffixes, suffix_lengths)
+    wanted = np.take_along_axis(np.asarray(hidden), (suffix_lengths - 1)[..., None, None], axis=2)[:, :, 0]
+    np.testing.assert_allclose(last, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_later_token_never_moves_an_earlier_one_and_rows_do_not_leak(family):
     arch, params, golden = load(family)
     tokens = golden["tokens"]

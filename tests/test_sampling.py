@@ -148,7 +148,7 @@ def test_reported_logprobs_are_those_of_the_full_forward(family, temperature, ne
 def test_draws_follow_the_distribution():
     logits = jnp.log(jnp.array([0.5, 0.25, 0.125, 0.0, 0.125]))
     uniform = (jnp.arange(4000) + 0.5) / 4000
-    tokens, logprob = draw(jnp.tile(logits, (4000, 1)), uniform, SamplingMethod())
+    tokens, logprob = draw(jnp.tile(logits[:, None], (1, 4000)), uniform, SamplingMethod())
     np.testing.assert_array_equal(np.bincount(tokens, minlength=5), [2000, 1000, 500, 0, 500])
     np.testing.assert_allclose(np.exp(logprob), np.array([0.5, 0.25, 0.125, 0.0, 0.125])[tokens], rtol=1e-5)
 
@@ -158,7 +158,7 @@ def test_draws_follow_the_distribution():
     st.floats(0, 1, exclude_max=True, width=32),
 )
 def test_inversion_equals_a_float64_running_sum(mass, u):
-    got = int(invert(jnp.asarray([mass], jnp.float32), jnp.asarray([u], jnp.float32))[0])
+    got = int(invert(jnp.asarray(mass, jnp.float32)[:, None], jnp.asarray([u], jnp.float32))[0])
     assert mass[got] > 0
     exact = np.cumsum(np.asarray(mass, np.float64)) / np.sum(mass, dtype=np.float64)
     low, high = (exact[got - 1] if got else 0.0), exact[got]
@@ -168,14 +168,14 @@ def test_inversion_equals_a_float64_running_sum(mass, u):
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.floats(0.05, 0.99))
 def test_nucleus_equals_sorting(mass, top_p):
     mass = np.asarray(mass, np.float32)
-    kept = np.asarray(nucleus(jnp.asarray(mass[None]), top_p))[0] > 0
+    kept = np.asarray(nucleus(jnp.asarray(mass[:, None]), top_p))[:, 0] > 0
     order = np.sort(mass)[::-1]
     threshold = order[np.searchsorted(np.cumsum(order), np.float32(top_p) * mass.sum())]
     np.testing.assert_array_equal(kept, mass >= threshold)
 
 
 def test_top_k_keeps_the_k_largest():
-    logits = jnp.tile(jnp.arange(50.0), (200, 1))
+    logits = jnp.tile(jnp.arange(50.0)[:, None], (1, 200))
     tokens, _ = draw(logits * 0.01, jnp.linspace(0, 0.999, 200), SamplingMethod(top_k=7))
     assert set(np.asarray(tokens).tolist()) == set(range(43, 50))
 

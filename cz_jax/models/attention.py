@@ -97,6 +97,17 @@ def attend_packed(q_PTNH, k_PTKH, v_PTKH, lengths_P, suffixes: int, suffix_token
     return checkpoint_name(out, KEPT)
 
 
+def attend_few(q_PRNH: jax.Array, k_PTKH, v_PTKH, mask_PRT) -> jax.Array:
+    """Attention of R tokens of each row to those of its T tokens that `mask_PRT` names. [P, R, N, H] in the dtype of
+    q."""
+    p, r, n, h = q_PRNH.shape
+    heads = k_PTKH.shape[2]
+    q_PKGRTH = jnp.transpose(q_PRNH.reshape(p, r, heads, -1, 1, h), (0, 2, 1, 3, 4, 5))
+    k, v = (jnp.swapaxes(a, 1, 2) for a in (k_PTKH, v_PTKH))
+    out = _attend(q_PKGRTH, (k, v, mask_PRT[:, None, :, None, None]))
+    return jnp.swapaxes(out, 1, 2).reshape(p, r, n, h)
+
+
 def _attend_earlier(q_PKGRTH, k_PKGTH, v_PKGTH, *prefix) -> jax.Array:
     """`_attend` to `prefix` and to the tokens of the own row up to the query's own. Queries are taken a piece of a row
     at a time, so that scores behind its last are not worked out."""

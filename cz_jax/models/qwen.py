@@ -4,8 +4,9 @@ The modules hold weights and the arithmetic of a block; which keys a query sees 
 `attend` function. Outside of `models/` parameters are a plain tree of arrays (see `spec.weights`); a module is made
 around them where it is used, inside the traced function.
 
-Three ways through the model:
+Four ways through the model:
   `shared_forward`  prompts and their G suffixes, each prompt computed once: training, judging, log-probabilities
+  `last_hidden`     the same, for the last token of each suffix alone: reading verdicts
   `prefill`         prompts alone, keeping keys and values
   `decode`          one token for each of P x G rows over the prompt's cache and their own
 
@@ -23,7 +24,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from cz_jax.config import Remat
-from cz_jax.models.attention import KEPT, attend_cached, attend_packed
+from cz_jax.models.attention import KEPT, attend_cached, attend_few, attend_packed
 from cz_jax.models.spec import Arch, tree_of, weights
 from cz_jax.parallel import constrain_batch
 
@@ -101,17 +102,23 @@ class Block(nnx.Module):
         for name in ("q", "k", "v", "o", "gate", "up", "down"):
             setattr(self, name, Linear(leaves[name]))
 
-    def __call__(self, x, rope, attend_fn, cache):
+    def __call__(self, x, rope, attend_fn, cache, read_PR=None):
         """x [..., D] -> (x [..., D], what `attend_fn(q [..., N, H], k, v [..., K, H], cache)` returns beside its
-        output)."""
+        output). Of x [P, T, D] the tokens `read_PR` (None: all) go on; the others give keys and values alone."""
         y = self.attn_norm(x)
-        q, k, v = (f(y).reshape(*y.shape[:-1], -1, self.arch.head_dim) for f in (self.q, self.k, self.v))
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out, cache = attend_fn(rotate(q, rope), rotate(k, rope), v, cache)
+        k, v = self._heads(self.k, y), self._heads(self.v, y)
+        k = rotate(k if self.k_norm is None else self.k_norm(k), rope)
+        if read_PR is not None:
+            x, y, *rope = (tokens_at(a, read_PR) for a in (x, y, *rope))
+        q = self._heads(self.q, y)
+        q = rotate(q if self.q_norm is None else self.q_norm(q), rope)
+        out, cache = attend_fn(q, k, v, cache)
         x = x + self.o(out.reshape(*out.shape[:-2], -1))
         y = self.ffn_norm(x)
         return x + self.down(nnx.silu(self.gate(y)) * self.up(y)), cache
+
+    def _heads(self, linear: Linear, y):
+        return linear(y).reshape(*y.shape[:-1], -1, self.arch.head_dim)
 
 
 class Qwen(nnx.Module):
@@ -148,19 +155,40 @@ class Qwen(nnx.Module):
             x, new = jax.lax.scan(step, x, (self.layers, caches))
         return self.norm(x), new
 
+    def read(self, x, positions, attend_fn, read_PR, attend_read_fn):
+        """The final hidden states [P, R, D] of the tokens `read_PR` of x [P, T, D] alone, over stacked layers, and what
+        `attend_fn` returns beside its output, a list of L. The last layer, whose attention is `attend_read_fn`, works
+        out nothing but keys and values of the other tokens."""
+        rope, last = rope_tables(positions, self.arch), self.arch.layers - 1
+
+        def block(i):
+            return Block(self.arch, jax.tree.map(lambda w: w[i], self.layers))
+
+        def step(x, i):
+            x, cache = block(i)(x, rope, attend_fn, None)
+            return constrain_batch(x), cache
+
+        x, caches = jax.lax.scan(step, x, jnp.arange(last))
+        x, cache = block(last)(x, rope, attend_read_fn, None, read_PR)
+        return self.norm(x), [*(jax.tree.map(lambda a, i=i: a[i], caches) for i in range(last)), cache]
+
+
+def tokens_at(values_PT, index_PR):
+    """`values` [P, T, ...] at R tokens of each row: [P, R, ...]."""
+    return jnp.take_along_axis(values_PT, index_PR.reshape(*index_PR.shape, *[1] * (values_PT.ndim - 2)), axis=1)
+
 
 def head_matrix(arch: Arch, params: dict) -> jax.Array:
     """[D, V], the matrix that turns final hidden states into logits."""
     return params["embed"].T if arch.tied_embeddings else params["lm_head"]
 
 
-def next_logits(arch: Arch, params: dict, hidden: jax.Array) -> jax.Array:
-    """`logits_of`, from the embedding as it lies where it is the head: `head_matrix` turns it, and where few rows are
-    read in a loop XLA on a CPU makes a copy of that."""
-    if not arch.tied_embeddings:
-        return logits_of(hidden, params["lm_head"])
-    embed_VD, contracted = params["embed"].astype(hidden.dtype), (((hidden.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(hidden, embed_VD, contracted, preferred_element_type=jnp.float32)
+def next_logits(arch: Arch, params: dict, hidden_RD: jax.Array) -> jax.Array:
+    """float32 logits [V, R]: `logits_of`, vocabulary first, from the embedding as it lies where it is the head. It is
+    the left factor (see `matmul_turned`), and neither the embedding nor the logits are turned over."""
+    head, axis = (params["embed"], 1) if arch.tied_embeddings else (params["lm_head"], 0)
+    contracted = (((axis,), (1,)), ((), ()))
+    return jax.lax.dot_general(head.astype(hidden_RD.dtype), hidden_RD, contracted, preferred_element_type=jnp.float32)
 
 
 def logits_of(hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
@@ -208,25 +236,58 @@ def shared_forward(
     G, Ts, D]).
     """
     (p, tp), (_, g, ts) = prompts_PT.shape, suffixes_PGT.shape
-    model = Qwen(arch, params)
-    tokens = jnp.concatenate([prompts_PT, suffixes_PGT.reshape(p, g * ts)], axis=1)
+    model, packed = Qwen(arch, params), _pack(arch, prompts_PT, prompt_lengths_P, suffixes_PGT)
+    hidden, _ = model.run(model.embed_tokens(packed.tokens, dtype), packed.positions, packed.attend_fn, remat=remat)
+    return hidden[:, :tp], hidden[:, tp:].reshape(p, g, ts, -1)
+
+
+def last_hidden(
+    arch: Arch, params: dict, prompts_PT, prompt_lengths_P, suffixes_PGT, suffix_lengths_PG, dtype=jnp.float32
+):
+    """[P, G, D]: what `shared_forward` gives for the last token of each suffix, which holds one at least."""
+    (p, tp), (_, g, ts) = prompts_PT.shape, suffixes_PGT.shape
+    model, packed = Qwen(arch, params), _pack(arch, prompts_PT, prompt_lengths_P, suffixes_PGT)
+    own = jnp.arange(ts) < suffix_lengths_PG[..., None]  # P G Ts
+    own = own[:, :, None] & jnp.eye(g, dtype=bool)[..., None]  # P G (row) G (of the suffix) Ts
+    shared = jnp.broadcast_to((jnp.arange(tp) < prompt_lengths_P[:, None])[:, None], (p, g, tp))
+    seen = jnp.concatenate([shared, own.reshape(p, g, g * ts)], axis=2)
+
+    def attend_read_fn(q, k, v, _):
+        return attend_few(q, k, v, seen), None
+
+    last = tp + jnp.arange(g) * ts + suffix_lengths_PG - 1
+    x = model.embed_tokens(packed.tokens, dtype)
+    hidden, _ = model.read(x, packed.positions, packed.attend_fn, last, attend_read_fn)
+    return hidden
+
+
+class _Packed(NamedTuple):
+    tokens: jax.Array  # int [P, Tp + G * Ts]: a prompt and its suffixes, one behind the other
+    positions: jax.Array  # int, of the same shape
+    attend_fn: Callable
+
+
+def _pack(arch: Arch, prompts_PT, prompt_lengths_P, suffixes_PGT) -> _Packed:
+    (p, tp), (_, g, ts) = prompts_PT.shape, suffixes_PGT.shape
     at_prompt = jnp.broadcast_to(jnp.arange(tp), (p, tp))
     at_suffix = prompt_lengths_P[:, None, None] + jnp.broadcast_to(jnp.arange(ts), (p, g, ts))
-    positions = jnp.concatenate([at_prompt, at_suffix.reshape(p, g * ts)], axis=1)
     attend = _packed_attention(arch)
 
     def attend_fn(q, k, v, _):
         return attend(q, k, v, prompt_lengths_P, g, ts), None
 
-    hidden, _ = model.run(model.embed_tokens(tokens, dtype), positions, attend_fn, remat=remat)
-    return hidden[:, :tp], hidden[:, tp:].reshape(p, g, ts, -1)
+    return _Packed(
+        jnp.concatenate([prompts_PT, suffixes_PGT.reshape(p, g * ts)], axis=1),
+        jnp.concatenate([at_prompt, at_suffix.reshape(p, g * ts)], axis=1),
+        attend_fn,
+    )
 
 
 def predicting_hidden(prompt_PTD, prompt_lengths_P, suffix_PGTD):
     """[P, G, Ts, D]: for each suffix token the hidden state that predicts it: the prompt's last real one for the
     first."""
     g = suffix_PGTD.shape[1]
-    last = jnp.take_along_axis(prompt_PTD, (prompt_lengths_P - 1)[:, None, None], axis=1)  # P 1 D
+    last = tokens_at(prompt_PTD, (prompt_lengths_P - 1)[:, None])  # P 1 D
     first = jnp.broadcast_to(last[:, None], (last.shape[0], g, 1, last.shape[-1]))
     return jnp.concatenate([first, suffix_PGTD[:, :, :-1]], axis=2)
 
@@ -242,15 +303,19 @@ class PromptCache(NamedTuple):
 def prefill(arch: Arch, params: dict, prompts_PT, prompt_lengths_P, dtype=jnp.float32):
     """(hidden state that predicts the first new token [P, D], PromptCache) of right-padded prompts (int [P, Tp])."""
     model, attend = Qwen(arch, params), _packed_attention(arch)
-
-    def attend_fn(q, k, v, _):
-        cache = jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)
-        return attend(q, k, v, prompt_lengths_P, 0, 0), cache
-
+    last = (prompt_lengths_P - 1)[:, None]
     positions = jnp.broadcast_to(jnp.arange(prompts_PT.shape[1]), prompts_PT.shape)
-    hidden, (keys, values) = model.run(model.embed_tokens(prompts_PT, dtype), positions, attend_fn)
-    last = jnp.take_along_axis(hidden, (prompt_lengths_P - 1)[:, None, None], axis=1)[:, 0]
-    return last, PromptCache(tuple(keys), tuple(values))
+    seen = (positions <= last)[:, None]
+
+    def keeping(attend):
+        return lambda q, k, v, _: (attend(q, k, v), (jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)))
+
+    hidden, caches = model.read(
+        model.embed_tokens(prompts_PT, dtype), positions,
+        keeping(lambda q, k, v: attend(q, k, v, prompt_lengths_P, 0, 0)),
+        last, keeping(lambda q, k, v: attend_few(q, k, v, seen)),
+    )  # fmt: skip
+    return hidden[:, 0], PromptCache(*(tuple(a) for a in zip(*caches, strict=True)))
 
 
 def for_decoding(arch: Arch, params: dict) -> dict:

@@ -98,15 +98,14 @@ def choice_probabilities(
     m, p, g = suffix_lengths_MPG.shape
 
     def read(row_D):
-        logits = qwen.next_logits(arch, params, row_D)
+        logits = qwen.next_logits(arch, params, row_D[None])[:, 0]
         chosen = jnp.exp(logits[choices_S] - jax.nn.logsumexp(logits))
         return jnp.where(jnp.isfinite(logits).all(), chosen, jnp.nan)
 
     def step(i, found):
-        _, hidden = qwen.shared_forward(arch, params, prompts_MPT[i], lengths_MP[i], suffixes_MPGT[i], dtype)
-        at = jnp.maximum(suffix_lengths_MPG[i] - 1, 0)
-        last = jnp.take_along_axis(hidden, at[:, :, None, None], axis=2).reshape(p * g, -1)
-        chosen = jax.lax.map(read, last, batch_size=min(CHOICE_ROWS, p * g))
+        suffixes_PGT, lengths_PG = suffixes_MPGT[i], jnp.maximum(suffix_lengths_MPG[i], 1)
+        last = qwen.last_hidden(arch, params, prompts_MPT[i], lengths_MP[i], suffixes_PGT, lengths_PG, dtype)
+        chosen = jax.lax.map(read, last.reshape(p * g, -1), batch_size=min(CHOICE_ROWS, p * g))
         return found.at[i].set(chosen.reshape(p, g, -1))
 
     steps = shapes.filled(suffix_lengths_MPG)

@@ -148,18 +148,24 @@ def _judge(engine: Engine, s: Shape, rng, config: Config, mode: str):
         if mode != "generate":
             engine.choice_probabilities(asked, (1, 2))
 
-    flops = forward_flops(engine.arch, s.prompt_tokens, 0) * s.prompts
-    flops += forward_flops(engine.arch, s.new_tokens + new, s.prompt_tokens) * s.prompts * s.group
+    flops = forward_flops(engine.arch, s.prompt_tokens, 0, read=0) * s.prompts
+    flops += forward_flops(engine.arch, s.new_tokens, s.prompt_tokens, read=1) * s.prompts * s.group
+    flops += forward_flops(engine.arch, new, s.prompt_tokens + s.new_tokens) * s.prompts * s.group
     flops += head_flops(engine.arch) * s.prompts * s.group * max(1, new)
     return work, s.prompts * s.group * (s.prompt_tokens + s.new_tokens), flops
 
 
-def forward_flops(arch: Arch, tokens: int, before: int) -> int:
-    """FLOPs of `tokens` tokens behind `before` others through all layers: matmuls and causal attention."""
+def forward_flops(arch: Arch, tokens: int, before: int, read: int | None = None) -> int:
+    """FLOPs of `tokens` tokens behind `before` others through all layers: matmuls and causal attention. Where only the
+    final hidden states of the last `read` tokens are asked for, the last layer gives keys and values of the others."""
     d, h = arch.hidden_size, arch.head_dim
-    linear = 2 * (d * h * (2 * arch.heads + 2 * arch.kv_heads) + 3 * d * arch.ffn_size)
-    context = before + (tokens + 1) / 2
-    return int(arch.layers * tokens * (linear + 4 * arch.heads * h * context))
+    beside, keys_values = 2 * (2 * d * h * arch.heads + 3 * d * arch.ffn_size), 4 * d * h * arch.kv_heads
+
+    def layer(tokens: int) -> float:  # beside keys and values
+        return tokens * (beside + 4 * arch.heads * h * (before + (tokens + 1) / 2))
+
+    unread = 0 if read is None else tokens - read
+    return int(arch.layers * (layer(tokens) + tokens * keys_values) - layer(unread))
 
 
 def head_flops(arch: Arch) -> int:
@@ -169,7 +175,7 @@ def head_flops(arch: Arch) -> int:
 def rollout_flops(arch: Arch, s: Shape) -> int:
     answers = s.prompts * s.group
     return (
-        s.prompts * forward_flops(arch, s.prompt_tokens, 0)
+        s.prompts * forward_flops(arch, s.prompt_tokens, 0, read=1)
         + answers * forward_flops(arch, s.new_tokens - 1, s.prompt_tokens)
         + answers * s.new_tokens * head_flops(arch)
     )

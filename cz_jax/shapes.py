@@ -25,6 +25,8 @@ LADDER = (
     32768,
 )
 
+FEWEST = 16  # rows of a queue's stage that another one precedes
+
 
 def rung(length: int) -> int:
     """The smallest size of the ladder that holds `length` tokens."""
@@ -55,6 +57,15 @@ def cache_lengths(new_tokens: int) -> tuple[int, ...]:
 def slots(most: int, multiple: int) -> int:
     """`most`, lowered to a multiple of `multiple` that is not 0."""
     return max(1, most // multiple) * multiple
+
+
+def stages(most: int, multiple: int, platform: str) -> tuple[int, ...]:
+    """How many rows a queue decodes side by side, each once no more are left: `slots`, and on a CPU, where a step takes
+    longer the more rows it has, a half and a quarter of that, but for few. Each is compiled."""
+    counts = [slots(most, multiple)]
+    while platform == "cpu" and len(counts) < 3 and counts[-1] >= 2 * FEWEST:
+        counts.append(slots(counts[-1] // 2, multiple))
+    return tuple(counts)
 
 
 def filled(lengths_MPG: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import time
 import jax
 import numpy as np
 
-from cz_jax import parallel, rng
+from cz_jax import parallel, rng, shapes
 from cz_jax.build.models import load_model
 from cz_jax.ports import SamplingMethod
 from cz_jax.sampling.generate import generate
@@ -43,7 +43,8 @@ def main() -> None:
 
     def queued():
         rows = (prompts, lengths, keys, limits)
-        out = generate_queued(loaded.arch, loaded.params, *rows, NO_STOP, slots=a.slots, ways=1, **options)
+        stages = shapes.stages(a.slots, 1, jax.default_backend())
+        out = generate_queued(loaded.arch, loaded.params, *rows, NO_STOP, stages=stages, ways=1, **options)
         return np.asarray(out.tokens)
 
     def in_calls():

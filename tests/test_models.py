@@ -37,7 +37,7 @@ def test_prefill_and_decode_equal_the_full_forward(family):
     lengths = np.array([11, 7, 16])
     prompts = np.where(np.arange(16) < lengths[:, None], tokens[:, :16], 5)
     hidden, cache = qwen.prefill(arch, params, prompts, lengths)
-    layered = qwen.for_decoding(arch, params)
+    layered = qwen.for_decoding(arch, params, 24)
     suffix = qwen.empty_suffix(arch, 3, 8, jnp.float32)
     head = qwen.head_matrix(arch, params)
     visible = (np.arange(16) < lengths[:, None])[:, None]
@@ -109,7 +109,7 @@ def test_remat_and_unrolled_layers_change_nothing(family):
     plain, *others = (jax.grad(loss)(params, r) for r in (None, "products", "layer"))
     for other in others:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), plain, other)
-    unrolled = loss(qwen.for_decoding(arch, params), None)
+    unrolled = loss(qwen.for_decoding(arch, params, 24), None)
     np.testing.assert_allclose(loss(params, None), unrolled, rtol=1e-6)
 
 

@@ -14,7 +14,9 @@ from cz_jax import parallel, rng, shapes
 from cz_jax.models import qwen
 from cz_jax.ports import SamplingMethod
 from cz_jax.sampling.engine import Engine, common_prefix
+from cz_jax.sampling.generate import generate
 from cz_jax.sampling.methods import draw, invert, nucleus
+from cz_jax.sampling.queue import generate_queued
 
 GREEDY = SamplingMethod(temperature=0.0)
 
@@ -92,7 +94,26 @@ def test_a_queue_decodes_no_more_steps_than_its_rows_need():
         got = e.sample(prompts, seeds, 40, SamplingMethod(1.0))
     jax.effects_barrier()
     assert [len(s.tokens) for s in sum(got, [])] == ends
-    assert max(ends) <= len(steps) <= list_schedule(ends, 8)
+    assert max(ends) - 1 <= len(steps) <= list_schedule([n - 1 for n in ends], 8)
+
+
+@pytest.mark.parametrize("stages", [(7,), (16, 8, 4), (5, 2, 1)], ids=str)
+def test_a_queue_that_narrows_samples_the_same(stages):
+    e, golden = engine()
+    draws = np.random.default_rng(3)
+    prompts, lengths = golden["tokens"][np.arange(12) % 3, :9].astype(np.int32), draws.integers(3, 10, 12)
+    limits = draws.integers(1, 20, (12, 5)).astype(np.int32)  # some rows end with their first token
+    limits[10:] = 0  # and the last prompts have none
+    keys = rng.key_data(draws.integers(0, 1 << 63, (12, 5), dtype=np.uint64))
+    stops = np.arange(0, 320, 40, dtype=np.int32)
+    given = (e.arch, e.params(), prompts, lengths.astype(np.int32), keys, limits, stops)
+    options = {"max_new_tokens": 20, "method": SamplingMethod()}
+    wanted = generate(*given, **options)
+    got = generate_queued(*given, stages=stages, ways=1, **options)
+    assert wanted.ended.any() and (wanted.lengths[:10] == 1).any() and (wanted.lengths[:10] < limits[:10]).any()
+    for name in ("tokens", "lengths", "ended"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name))
+    np.testing.assert_allclose(got.logprobs, wanted.logprobs, atol=1e-5)
 
 
 def counted(function, calls):

@@ -1,10 +1,11 @@
 """Attention in plain jax.numpy: softmax in float32, grouped query heads.
 
-Legend: B rows, P prompts, G rows of a prompt, M prompts side by side, T queries, S keys, N query heads, K key/value
-heads, R = N / K, H head size.
+Legend: B rows, P prompts, G rows of a prompt, T queries, S keys, N query heads, K key/value heads, R = N / K, H head
+size.
 """
 
 from functools import partial, reduce
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,45 +30,55 @@ def implementation(asked: str, platform: str) -> str:
     return asked
 
 
-def attend_cached(q_PGNH: jax.Array, prompt, own) -> jax.Array:
-    """Attention of one token of each of G rows over caches: that of the prompt, which rows share and which is read once
-    for all of them, and the row's own; one softmax. [P, G, N, H] in the dtype of v.
+class Seats(NamedTuple):
+    """Which prompt each row of a call reads, where that is not told by its place. A way's prompts have a number of
+    seats each, one behind the other; W ways, S rows of each."""
 
-    prompt: (k [P, K, H, M * S], v [P, K, S, M * H], mask broadcastable to [P, G, S], place) of M prompts side by side,
-    of which `place` (int [P, G]; None where M is 1) is the row's. own: (k [P * G, K, H, S'], v [P * G, K, S', H], mask
-    broadcastable to [P * G, S']). In this order of axes no product has to turn a cache over first.
+    of_row: jax.Array  # int [W, S]: the seat of a row
+    rows: jax.Array  # int [W, seats]: the row in a seat; any, where it is empty
+
+
+def attend_cached(q_BNH: jax.Array, prompt, own, seats: Seats | None = None) -> jax.Array:
+    """Attention of one token of each row over caches: that of a prompt, which rows share and which is read once for all
+    of them, and the row's own; one softmax. [B, N, H] in the dtype of v.
+
+    prompt: (k [P, K, H, S], v [P, K, S, H], mask broadcastable to [P, G, S]) of P prompts with G seats each, in which
+    rows sit in order where `seats` does not say otherwise. own: (k [B, K, H, S'], v [B, K, S', H], mask broadcastable
+    to [B, S']). In this order of axes no product has to turn a cache over first.
     """
-    p, g, n, h = q_PGNH.shape
-    kp, vp, prompt_mask, place = prompt
+    kp, vp, prompt_mask = prompt
     ko, vo, own_mask = own
-    heads, tokens, scale = kp.shape[1], vp.shape[2], h**-0.5
-    q = q_PGNH.reshape(p, g, heads, -1, h)
-    folded = jnp.swapaxes(q, 1, 2).reshape(p, heads, -1, h)  # rows that share a prompt are one product
+    places, heads, h, tokens = kp.shape
+    scale = h**-0.5
+    q = q_BNH.reshape(len(q_BNH), heads, -1, h)
 
-    def in_place(x, size: int):  # p k g r size, from [P, K, G * R, M * size]
-        x = x.reshape(p, heads, g, -1, x.shape[-1] // size, size)
-        chosen = x[..., 0, :]
-        for m in range(1, x.shape[-2]):
-            chosen = jnp.where((place == m)[:, None, :, None, None], x[..., m, :], chosen)
-        return chosen
+    def moved(x, to):  # rows into seats, or seats' results to rows
+        by_way = x.reshape(len(to), -1, *x.shape[1:])
+        return jax.vmap(lambda x, i: x[i])(by_way, to).reshape(-1, *x.shape[1:])
 
-    def by_row(x):  # [P, K, G, ...] -> [P * G, K, ...]
-        return jnp.swapaxes(x, 1, 2).reshape(p * g, heads, *x.shape[3:])
+    def seated(x):  # [B, K, ...] -> [P, K, G, ...]
+        x = x if seats is None else moved(x, seats.rows)
+        return jnp.swapaxes(x.reshape(places, -1, *x.shape[1:]), 1, 2)
 
-    def by_prompt(x):
-        return jnp.swapaxes(x.reshape(p, g, *x.shape[1:]), 1, 2)
+    def by_row(x):
+        x = jnp.swapaxes(x, 1, 2)
+        x = x.reshape(-1, *x.shape[2:])
+        return x if seats is None else moved(x, seats.of_row)
 
-    sp = in_place(jnp.einsum("pkqh,pkhs->pkqs", folded, kp, preferred_element_type=jnp.float32), tokens) * scale
-    so = jnp.einsum("bkrh,bkhs->bkrs", q.reshape(-1, *q.shape[2:]), ko, preferred_element_type=jnp.float32) * scale
-    sp = jnp.where(jnp.broadcast_to(prompt_mask, (p, g, tokens))[:, None, :, None], sp, MASKED)
-    so = jnp.where(jnp.broadcast_to(own_mask, (p * g, so.shape[-1]))[:, None, None], so, MASKED)
+    folded = seated(q)  # p k g r h
+    shape = folded.shape[:-1]
+    folded = folded.reshape(places, heads, -1, h)  # rows that share a prompt are one product
+    sp = jnp.einsum("pkqh,pkhs->pkqs", folded, kp, preferred_element_type=jnp.float32).reshape(*shape, tokens) * scale
+    so = jnp.einsum("bkrh,bkhs->bkrs", q, ko, preferred_element_type=jnp.float32) * scale
+    sp = jnp.where(jnp.broadcast_to(prompt_mask, (places, shape[2], tokens))[:, None, :, None], sp, MASKED)
+    so = jnp.where(jnp.broadcast_to(own_mask, (len(q), so.shape[-1]))[:, None, None], so, MASKED)
     top = jnp.maximum(by_row(sp.max(-1)), so.max(-1))  # b k r
-    ep, eo = jnp.exp(sp - by_prompt(top)[..., None]), jnp.exp(so - top[..., None])
-    weights = ep.astype(vp.dtype).reshape(*folded.shape[:-1], tokens)
-    out = in_place(jnp.einsum("pkqs,pksh->pkqh", weights, vp, preferred_element_type=jnp.float32), h)
+    ep, eo = jnp.exp(sp - seated(top)[..., None]), jnp.exp(so - top[..., None])
+    weights = ep.astype(vp.dtype).reshape(places, heads, -1, tokens)
+    out = jnp.einsum("pkqs,pksh->pkqh", weights, vp, preferred_element_type=jnp.float32).reshape(*shape, h)
     own_out = jnp.einsum("bkrs,bksh->bkrh", eo.astype(vo.dtype), vo, preferred_element_type=jnp.float32)
     total = by_row(ep.sum(-1)) + eo.sum(-1)
-    return ((by_row(out) + own_out) / total[..., None]).astype(vo.dtype).reshape(p, g, n, h)
+    return ((by_row(out) + own_out) / total[..., None]).astype(vo.dtype).reshape(q_BNH.shape)
 
 
 def attend_packed(q_PTNH, k_PTKH, v_PTKH, lengths_P, suffixes: int, suffix_tokens: int) -> jax.Array:

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from cz_jax.config import Remat
-from cz_jax.models.attention import KEPT, attend_cached, attend_few, attend_packed
+from cz_jax.models.attention import KEPT, Seats, attend_cached, attend_few, attend_packed
 from cz_jax.models.spec import Arch, tree_of, weights
 from cz_jax.parallel import constrain_batch
 
@@ -134,10 +134,10 @@ class Qwen(nnx.Module):
     def embed_tokens(self, tokens, dtype):
         return constrain_batch(jnp.take(self.embed[...], tokens, axis=0, mode="clip").astype(dtype))
 
-    def run(self, x, positions, attend_fn, caches=None, remat: Remat | None = None):
-        """All layers and the final norm. `caches`: per layer (leading L, or a tuple of L), handed to `attend_fn`; what
-        it returns comes back in the same form. Stacked layers are scanned, a tuple of layers is unrolled."""
-        rope = rope_tables(positions, self.arch)
+    def run(self, x, rope, attend_fn, caches=None, remat: Remat | None = None):
+        """All layers and the final norm. `rope`: `rope_tables` of the tokens' positions. `caches`: per layer (leading
+        L, or a tuple of L), handed to `attend_fn`; what it returns comes back in the same form. Stacked layers are
+        scanned, a tuple of layers is unrolled."""
 
         def layer(x, leaves_cache):
             leaves, cache = leaves_cache
@@ -155,11 +155,11 @@ class Qwen(nnx.Module):
             x, new = jax.lax.scan(step, x, (self.layers, caches))
         return self.norm(x), new
 
-    def read(self, x, positions, attend_fn, read_PR, attend_read_fn):
+    def read(self, x, rope, attend_fn, read_PR, attend_read_fn):
         """The final hidden states [P, R, D] of the tokens `read_PR` of x [P, T, D] alone, over stacked layers, and what
         `attend_fn` returns beside its output, a list of L. The last layer, whose attention is `attend_read_fn`, works
         out nothing but keys and values of the other tokens."""
-        rope, last = rope_tables(positions, self.arch), self.arch.layers - 1
+        last = self.arch.layers - 1
 
         def block(i):
             return Block(self.arch, jax.tree.map(lambda w: w[i], self.layers))
@@ -237,7 +237,7 @@ def shared_forward(
     """
     (p, tp), (_, g, ts) = prompts_PT.shape, suffixes_PGT.shape
     model, packed = Qwen(arch, params), _pack(arch, prompts_PT, prompt_lengths_P, suffixes_PGT)
-    hidden, _ = model.run(model.embed_tokens(packed.tokens, dtype), packed.positions, packed.attend_fn, remat=remat)
+    hidden, _ = model.run(model.embed_tokens(packed.tokens, dtype), packed.rope, packed.attend_fn, remat=remat)
     return hidden[:, :tp], hidden[:, tp:].reshape(p, g, ts, -1)
 
 
@@ -257,13 +257,13 @@ def last_hidden(
 
     last = tp + jnp.arange(g) * ts + suffix_lengths_PG - 1
     x = model.embed_tokens(packed.tokens, dtype)
-    hidden, _ = model.read(x, packed.positions, packed.attend_fn, last, attend_read_fn)
+    hidden, _ = model.read(x, packed.rope, packed.attend_fn, last, attend_read_fn)
     return hidden
 
 
 class _Packed(NamedTuple):
     tokens: jax.Array  # int [P, Tp + G * Ts]: a prompt and its suffixes, one behind the other
-    positions: jax.Array  # int, of the same shape
+    rope: tuple
     attend_fn: Callable
 
 
@@ -278,7 +278,7 @@ def _pack(arch: Arch, prompts_PT, prompt_lengths_P, suffixes_PGT) -> _Packed:
 
     return _Packed(
         jnp.concatenate([prompts_PT, suffixes_PGT.reshape(p, g * ts)], axis=1),
-        jnp.concatenate([at_prompt, at_suffix.reshape(p, g * ts)], axis=1),
+        rope_tables(jnp.concatenate([at_prompt, at_suffix.reshape(p, g * ts)], axis=1), arch),
         attend_fn,
     )
 
@@ -293,8 +293,7 @@ def predicting_hidden(prompt_PTD, prompt_lengths_P, suffix_PGTD):
 
 
 class PromptCache(NamedTuple):
-    """For each layer the keys [P, K, H, M * Tp] and values [P, K, Tp, M * H] of M prompts side by side, in P places;
-    `prefill` makes M = 1."""
+    """For each layer the keys [P, K, H, Tp] and values [P, K, Tp, H] of P prompts."""
 
     keys: tuple
     values: tuple
@@ -311,15 +310,16 @@ def prefill(arch: Arch, params: dict, prompts_PT, prompt_lengths_P, dtype=jnp.fl
         return lambda q, k, v, _: (attend(q, k, v), (jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)))
 
     hidden, caches = model.read(
-        model.embed_tokens(prompts_PT, dtype), positions,
+        model.embed_tokens(prompts_PT, dtype), rope_tables(positions, arch),
         keeping(lambda q, k, v: attend(q, k, v, prompt_lengths_P, 0, 0)),
         last, keeping(lambda q, k, v: attend_few(q, k, v, seen)),
     )  # fmt: skip
     return hidden[:, 0], PromptCache(*(tuple(a) for a in zip(*caches, strict=True)))
 
 
-def for_decoding(arch: Arch, params: dict) -> dict:
-    """`params` as `decode` reads them, made once and outside of its loop: a tuple of L layers, kernels turned."""
+def for_decoding(arch: Arch, params: dict, positions: int) -> dict:
+    """`params` as `decode` reads them, made once and outside of its loop: a tuple of L layers, kernels turned, and the
+    tables of so many positions, which XLA on a CPU works out again for every head of every layer where it may."""
 
     def one(leaf):
         if not (isinstance(leaf, dict) and "kernel" in leaf):
@@ -327,7 +327,11 @@ def for_decoding(arch: Arch, params: dict) -> dict:
         return {"turned": leaf["kernel"].T, **{name: a for name, a in leaf.items() if name != "kernel"}}
 
     layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(arch.layers)]
-    return {**params, "layers": tuple({name: one(leaf) for name, leaf in layer.items()} for layer in layers)}
+    return {
+        **params,
+        "layers": tuple({name: one(leaf) for name, leaf in layer.items()} for layer in layers),
+        "rope": rope_tables(jnp.arange(positions), arch),
+    }
 
 
 def empty_suffix(arch: Arch, rows: int, length: int, dtype) -> tuple:
@@ -350,23 +354,26 @@ def longer_suffix(suffix: tuple, length: int) -> tuple:
 
 def decode(
     arch: Arch, layered_params: dict, tokens_PG, positions_PG, column, seen, prompt: PromptCache, visible,
-    suffix: tuple, place_PG=None,
+    suffix: tuple, seats: Seats | None = None,
 ):  # fmt: skip
     """One step: tokens (int [P, G]) at their positions behind the prompts, whose keys and values go into `column` (int
     scalar) of the suffix caches. `seen` (bool, broadcastable to [P * G, Ts]): the columns that they see, their own
-    among them; `visible` (bool, broadcastable to [P, G, Tp]): the tokens of the prompt, which is the one at `place_PG`
-    (int) of M. Returns (hidden [P, G, D] that predicts the next token, the suffix caches)."""
+    among them; `visible` (bool, broadcastable to [P, G, Tp]): the tokens of the prompts. With `seats` tokens are
+    [W, S], S of each of W ways, and prompts [P, ...] as many to a way as it has places. Returns (hidden [P, G, D] that
+    predicts the next token, the suffix caches)."""
     model = Qwen(arch, layered_params)
 
     def attend_fn(q, k, v, cache):
         (prompt_k, prompt_v), (own_k, own_v) = cache
-        new_k, new_v = (a.reshape(-1, *a.shape[2:]) for a in (k, v))
+        new_q, new_k, new_v = (a.reshape(-1, *a.shape[2:]) for a in (q, k, v))
         own_k = jax.lax.dynamic_update_slice_in_dim(own_k, new_k[..., None], column, axis=3)
         own_v = jax.lax.dynamic_update_slice_in_dim(own_v, new_v[:, :, None], column, axis=2)
-        return attend_cached(q, (prompt_k, prompt_v, visible, place_PG), (own_k, own_v, seen)), (own_k, own_v)
+        out = attend_cached(new_q, (prompt_k, prompt_v, visible), (own_k, own_v, seen), seats)
+        return out.reshape(q.shape), (own_k, own_v)
 
     caches = tuple(zip(zip(prompt.keys, prompt.values, strict=True), suffix, strict=True))
-    return model.run(model.embed_tokens(tokens_PG, prompt.keys[0].dtype), positions_PG, attend_fn, caches)
+    rope = [jnp.take(table, positions_PG, axis=0, mode="clip") for table in layered_params["rope"]]
+    return model.run(model.embed_tokens(tokens_PG, prompt.keys[0].dtype), rope, attend_fn, caches)
 
 
 def random_params(arch: Arch, seed: int, dtype=jnp.float32, sharding_of=None) -> dict:

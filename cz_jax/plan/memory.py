@@ -21,7 +21,7 @@ from cz_jax.models.lora import lora_weights
 from cz_jax.models.spec import Arch, Weight, weights
 from cz_jax.plan.targets import Target
 from cz_jax.plan.work import Call, Seat, Work
-from cz_jax.sampling.queue import blocks_of, prompts_side_by_side
+from cz_jax.sampling.queue import places_of, prompts_side_by_side
 
 SIZE = {"float32": 4, "bfloat16": 2}
 GATHERED_LAYERS = 2  # of a sharded model that exist whole at one time: the one in use and the next
@@ -95,11 +95,11 @@ def resident(config: Config, work: Work, mesh: Shape) -> dict[str, int]:
 
 def caches(call: Call, seat: Seat, mesh: Shape) -> int:
     """Keys and values of one sampling call: the prompts once, and every row its own tokens; where rows are queued,
-    copies of the prompts that the blocks of slots hold, too."""
-    if call.slots is not None:
-        blocks, width, held = blocks_of(call.slots // mesh.ways, call.group)
-        own = Call(mesh.ways * blocks * width, 1, 0, call.tokens)
-        prompts = [Call(n, 1, call.prompt_tokens, 0) for n in (call.prompts, mesh.ways * blocks * held)]
+    copies of the prompts in their places, too."""
+    if call.stages:
+        places = places_of(call.stages[0] // mesh.ways, call.group, call.prompts // mesh.ways)
+        own = Call(call.stages[0], 1, 0, call.tokens)
+        prompts = [Call(n, 1, call.prompt_tokens, 0) for n in (call.prompts, mesh.ways * places)]
         return sum(caches(c, seat, mesh) for c in (own, *prompts))
     a = seat.arch
     heads = _split(a.kv_heads, mesh)
@@ -146,17 +146,18 @@ def rollout_bytes(call: Call, seat: Seat, mesh: Shape) -> int:
     included."""
     kept, all_prompts = caches(call, seat, mesh), Call(call.prompts, 1, call.prompt_tokens, 0)
     cache_of_prompts, at_once = caches(all_prompts, seat, mesh), all_prompts
-    queued = call.slots is not None
-    if queued:
-        count = prompts_side_by_side(call.prompts // mesh.ways, call.slots // mesh.ways, call.group) * mesh.ways
-        call, at_once = Call(call.slots, 1, call.prompt_tokens, call.tokens), Call(count, 1, call.prompt_tokens, 0)
+    copied = (kept - cache_of_prompts) // 2  # the first half's caches, as the whole ones begin
+    if call.stages:
+        slots, *later = call.stages
+        count = prompts_side_by_side(call.prompts // mesh.ways, slots // mesh.ways, call.group) * mesh.ways
+        call, at_once = Call(slots, 1, call.prompt_tokens, call.tokens), Call(count, 1, call.prompt_tokens, 0)
+        copied = caches(Call(later[0], 1, 0, call.tokens), seat, mesh) if later else 0
     prompt = _sizes(at_once, seat, mesh)
     gathered = 0
     if mesh.shape["fsdp"] > 1:  # compilers gather the weights once for all steps where they can
         gathered = prompt.layer * seat.arch.layers
     rows = _local(call, mesh) * call.group
     prefill = cache_of_prompts + max(3 * prompt.ffn, 2 * prompt.scores) + 4 * prompt.hidden
-    copied = 0 if queued else (kept - cache_of_prompts) // 2  # the first half's caches, as the whole ones begin
     step = kept + cache_of_prompts + max(4 * rows * prompt.logits, copied)
     return _read_head(prompt, seat, mesh) + prompt.layers + gathered + max(prefill, step)
 

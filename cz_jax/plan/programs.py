@@ -124,8 +124,8 @@ def _sampling(call: Call, seat: Seat, mesh, method: SamplingMethod, config: Conf
     p, g = call.prompts, call.group
     params = _solver(config, seat, mesh) if config is not None else _weights(seat, mesh)
     program, more = generate, {}
-    if call.slots is not None:
-        program, more = generate_queued, {"slots": call.slots, "ways": parallel.batch_devices(mesh)}
+    if call.stages:
+        program, more = generate_queued, {"stages": call.stages, "ways": parallel.batch_devices(mesh)}
     return program.lower(
         seat.arch, params, _split(mesh, (p, call.prompt_tokens), "int32"), _split(mesh, (p,), "int32"),
         _split(mesh, (p, g, 2), "uint32"), _split(mesh, (p, g), "int32"),

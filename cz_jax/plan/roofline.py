@@ -43,13 +43,13 @@ class Cost:
 def sampling_cost(seat: Seat, prompts: int, group: int, tp: int, c: int, at_once: int, mesh: Shape) -> Cost:
     """`prompts` x `group` answers of `c` tokens behind prompts of `tp`, those of `at_once` prompts side by side."""
     a, rows = seat.arch, prompts * group
-    prefill = prompts * (forward_flops(a, tp, 0) + head_flops(a))
+    prefill = prompts * (forward_flops(a, tp, 0, read=1) + head_flops(a))
     decode = rows * (forward_flops(a, max(0, c - 1), tp) + max(0, c - 1) * head_flops(a))
     calls = -(-prompts // max(1, at_once))
     steps = calls * max(1, c - 1)
     size = SIZE[seat.compute]
     weights = _weights(seat, mesh)
-    held = min(group, 2) if prompts > at_once else 1  # prompts that queued rows of one share a block with
+    held = min(group, 2) if prompts > at_once else 1  # times the prompts that fill the slots are read by queued rows
     positions = min(prompts, at_once) * (held * tp + group * c / 2) / mesh.ways
     cache = 2 * a.layers * positions * a.kv_heads * a.head_dim * size / mesh.shape["tensor"]
     return Cost(prefill + decode, prefill, steps, weights + cache, decode / steps, calls * weights, seat.compute)
@@ -69,8 +69,8 @@ def costs(config: Config, work: Work, mesh: Shape) -> dict[str, Cost]:
     extra = work.reasoning.tokens if work.reasoning is not None else 0
     behind = c + extra
     if work.judging is not None:
-        flops = work.judged_groups * forward_flops(judge, tp, 0)
-        flops += judged * (forward_flops(judge, behind, tp) + head_flops(judge))
+        flops = work.judged_groups * forward_flops(judge, tp, 0, read=0)
+        flops += judged * (forward_flops(judge, behind, tp, read=1) + head_flops(judge))
         calls = -(-work.judged_groups // work.judging.prompts)
         phases["judge"] = Cost(
             flops, flops, dense_bytes=calls * _weights(work.evaluator, mesh), compute=work.evaluator.compute

@@ -43,14 +43,14 @@ class Seat:
 
 @dataclass(frozen=True)
 class Call:
-    """One compiled call: P prompts of Tp tokens, G rows behind each, T tokens a row. `slots`: rows decoded side by side
-    where they are queued; None: all of them."""
+    """One compiled call: P prompts of Tp tokens, G rows behind each, T tokens a row. `stages`: how many rows are
+    decoded side by side where they are queued, one number after the other; none: all of them."""
 
     prompts: int
     group: int
     prompt_tokens: int
     tokens: int
-    slots: int | None = None
+    stages: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -126,21 +126,21 @@ def work_of(config: Config, ways: int, platform: str) -> Work:
     judged_groups = own + r.external_groups * (config.swarm.oversample if config.swarm.relay else 1)
     tokens = config.sampling.max_new_tokens
     prompt = shapes.rung(config.sampling.max_prompt_tokens)
-    calls = [_sampling(own, r.group_size, prompt, tokens, seats, ways)] if own else []
+    calls = [_sampling(own, r.group_size, prompt, tokens, seats, ways, platform)] if own else []
     if config.eval.before_and_after:
         at_once = min(config.eval.max_tasks or TASKS_AT_ONCE, TASKS_AT_ONCE)
-        calls.append(_sampling(at_once, config.eval.k, prompt, tokens, seats, ways))
+        calls.append(_sampling(at_once, config.eval.k, prompt, tokens, seats, ways, platform))
     row = Row([0] * config.sampling.max_prompt_tokens, [[0] * tokens] * r.group_size, [0.0] * r.group_size)
     batch = pack([row] * groups, config.grpo.micro_batch_tokens, ways, max_new_tokens=tokens)
     m, pp, g, t = batch.completions.shape
     proposing = None
     if proposed:
-        proposing = _sampling(proposed, 1, PROPOSER_PROMPT_TOKENS, p.max_new_tokens, seats, ways)
+        proposing = _sampling(proposed, 1, PROPOSER_PROMPT_TOKENS, p.max_new_tokens, seats, ways, platform)
     judged = config.sampling.max_prompt_tokens + JUDGE_PROMPT_TOKENS
     reasoning = judging = None
     extra = {"direct": 0, "reason": e.reason_tokens, "generate": e.generate_tokens}[e.mode]
     if extra:
-        reasoning = _sampling(judged_groups * r.group_size, 1, _rung(judged + tokens), extra, seats, ways)
+        reasoning = _sampling(judged_groups * r.group_size, 1, _rung(judged + tokens), extra, seats, ways, platform)
     if e.mode != "generate":
         judging = _judging(r.group_size, judged, tokens + extra, ways)
     return Work(
@@ -150,11 +150,11 @@ def work_of(config: Config, ways: int, platform: str) -> Work:
     )  # fmt: skip
 
 
-def _sampling(prompts: int, group: int, length: int, tokens: int, seats: int, ways: int) -> Call:
+def _sampling(prompts: int, group: int, length: int, tokens: int, seats: int, ways: int, platform: str) -> Call:
     """What `Engine` makes of `prompts` groups of answers, `seats` of them side by side."""
     at_once = prompts_at_once(prompts, group, length, seats, Engine.max_tokens)
-    slots = shapes.slots(seats, ways) if at_once * group > seats else None
-    return Call(shapes.rows(at_once, ways), group, length, tokens, slots)
+    stages = shapes.stages(seats, ways, platform) if at_once * group > seats else ()
+    return Call(shapes.rows(at_once, ways), group, length, tokens, stages)
 
 
 def _judging(group: int, prefix: int, suffix: int, ways: int) -> Call:

@@ -86,7 +86,8 @@ class Engine:
         limits[: len(prompts)] = max_new_tokens
         program, more = generate, {}
         if len(prompts) * group > self.max_sequences:
-            program, more = generate_queued, {"slots": shapes.slots(self.max_sequences, ways), "ways": ways}
+            platform = self.mesh.devices.flat[0].platform
+            program, more = generate_queued, {"stages": shapes.stages(self.max_sequences, ways, platform), "ways": ways}
         with jax.set_mesh(self.mesh):
             done = program(
                 self.arch, self.params(), *self._place(tokens, lengths, rng.key_data(all_seeds), limits),

@@ -35,12 +35,11 @@ def generate(
     position c of a row draws from it and c alone."""
     p, g = limits_PG.shape
     params = jax.tree.map(lambda w: w.astype(dtype), params)  # once, and not again at every step
-    layered = qwen.for_decoding(arch, params)
+    layered = qwen.for_decoding(arch, params, prompts_PT.shape[1] + max_new_tokens)
     keys = keys_PG2.reshape(p * g, 2)
 
-    def next_token(hidden_PGD, at):
-        logits = qwen.next_logits(arch, params, hidden_PGD.reshape(p * g, -1))
-        token, logprob = draw(logits, rng.uniform_at(keys, jnp.full(p * g, at)), method)
+    def next_token(logits_VR, at):
+        token, logprob = draw(logits_VR, rng.uniform_at(keys, jnp.full(p * g, at)), method)
         return token.reshape(p, g), logprob.reshape(p, g)
 
     def record(state, token, logprob, at):
@@ -65,8 +64,8 @@ def generate(
         "ended": jnp.zeros((p, g), bool),
         "done": limits_PG == 0,
     }
-    hidden = jnp.broadcast_to(last[:, None], (p, g, last.shape[-1]))
-    state = record(state, *next_token(hidden, 0), jnp.int32(0))
+    logits = jnp.repeat(qwen.next_logits(arch, params, last), g, axis=1)
+    state = record(state, *next_token(logits, 0), jnp.int32(0))
     state["suffix"] = qwen.empty_suffix(arch, p * g, 0, prompt.keys[0].dtype)
 
     visible = (jnp.arange(prompts_PT.shape[1]) < lengths_P[:, None])[:, None]
@@ -79,7 +78,8 @@ def generate(
             arch, layered, state["last"], positions, at, seen, prompt, visible, state["suffix"]
         )
         at += 1
-        return record(state | {"suffix": suffix}, *next_token(hidden, at), at)
+        logits = qwen.next_logits(arch, params, hidden.reshape(p * g, -1))
+        return record(state | {"suffix": suffix}, *next_token(logits, at), at)
 
     for length in shapes.cache_lengths(max_new_tokens):
         state["suffix"] = qwen.longer_suffix(state["suffix"], length)

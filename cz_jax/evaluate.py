@@ -23,9 +23,11 @@ def evaluate(
     task. Tasks with a prompt that does not fit, or with a FAILED verdict, are left out and counted.
     """
     groups, verdicts = [], []
-    for start in range(0, len(tasks), TASKS_AT_ONCE):
+    calls = -(-len(tasks) // TASKS_AT_ONCE)
+    for call in range(calls):  # of even sizes, so that the last has no shape of its own
+        start, end = call * len(tasks) // calls, (call + 1) * len(tasks) // calls
         say("phase", name=f"evaluating task {start + 1} of {len(tasks)}")
-        some = solver.roll_out(tasks[start : start + TASKS_AT_ONCE], 0, "evaluate", k)
+        some = solver.roll_out(tasks[start:end], 0, "evaluate", k)
         groups += some
         verdicts += evaluator.judge(some, 0)
     stop_on_failures(verdicts, max_failed_share)

@@ -42,6 +42,12 @@ def rows(count: int, multiple: int = 1) -> int:
     return -(-size // multiple) * multiple
 
 
+def judged(task: int, answer: int) -> tuple[int, int]:
+    """The padded lengths of a task and of the answers to it that are judged, with the words around them. Few are
+    shorter than 256 and 128 tokens, and a program for those takes longer to compile than it saves."""
+    return rung(max(task, 256)), rung(max(answer, 128))
+
+
 def group(count: int) -> int:
     """The padded number of answers to one task: 2, or a multiple of 8."""
     return 2 if count <= 2 else -(-count // 8) * 8

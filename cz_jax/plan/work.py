@@ -159,7 +159,8 @@ def _sampling(prompts: int, group: int, length: int, tokens: int, seats: int, wa
 
 def _judging(group: int, prefix: int, suffix: int, ways: int) -> Call:
     """One step of the judging program."""
-    prefix, suffix, group = _rung(prefix), _rung(suffix), shapes.group(group)
+    group = shapes.group(group)
+    prefix, suffix = shapes.judged(min(prefix, LONGEST), min(suffix, LONGEST))
     return Call(judged_at_once(prefix, suffix, group, ways), group, prefix, suffix)
 
 

@@ -108,7 +108,7 @@ class Engine:
         split = [common_prefix(rows) for rows in prompts]
         suffixes = [[row[n:] for row in rows] for rows, n in zip(prompts, split, strict=True)]
         shape = [
-            (shapes.rung(n), shapes.rung(max(map(len, rows))), shapes.group(len(rows)))
+            (*shapes.judged(n, max(map(len, rows))), shapes.group(len(rows)))
             for n, rows in zip(split, suffixes, strict=True)
         ]
         out: list[list[list[float]]] = [[] for _ in prompts]

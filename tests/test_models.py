@@ -22,6 +22,12 @@ def all_logits(arch, params, tokens, dtype=jnp.float32):
     return qwen.logits_of(hidden, qwen.head_matrix(arch, params))
 
 
+def two_prompts(tokens):
+    """(prompts, their lengths, three suffixes of each)"""
+    suffixes = np.stack([tokens[:2, 12:20], tokens[:2, 20:28], tokens[:2, 28:36]], axis=1)
+    return tokens[:2, :12], np.array([12, 9]), suffixes
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family):
     arch, params, golden = load(family)
@@ -52,9 +58,7 @@ def test_prefill_and_decode_equal_the_full_forward(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sharing_the_prompt_equals_repeating_it(family):
     arch, params, golden = load(family)
-    tokens = golden["tokens"]
-    prompts, lengths = tokens[:2, :12], np.array([12, 9])
-    suffixes = np.stack([tokens[:2, 12:20], tokens[:2, 20:28], tokens[:2, 28:36]], axis=1)
+    prompts, lengths, suffixes = two_prompts(golden["tokens"])
     _, shared = qwen.shared_forward(arch, params, prompts, lengths, suffixes)
     for p in range(2):
         for g in range(3):
@@ -66,9 +70,7 @@ def test_sharing_the_prompt_equals_repeating_it(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reading_last_tokens_alone_equals_reading_all(family):
     arch, params, golden = load(family)
-    tokens = golden["tokens"]
-    prompts, lengths = tokens[:2, :12], np.array([12, 9])
-    suffixes = np.stack([tokens[:2, 12:20], tokens[:2, 20:28], tokens[:2, 28:36]], axis=1)
+    prompts, lengths, suffixes = two_prompts(golden["tokens"])
     suffix_lengths = np.array([[8, 1, 5], [3, 8, 2]])
     _, hidden = qwen.shared_forward(arch, params, prompts, lengths, suffixes)
     last = qwen.last_hidden(arch, params, prompts, lengths, suffixes, suffix_lengths)

@@ -5,7 +5,7 @@ The modules hold weights and the arithmetic of a block; which keys a query sees 
 around them where it is used, inside the traced function.
 
 Four ways through the model:
-  `shared_forward`  prompts and their G suffixes, each prompt computed once: training, judging, log-probabilities
+  `shared_forward`  prompts and their G suffixes, each prompt computed once: training, log-probabilities
   `last_hidden`     the same, for the last token of each suffix alone: reading verdicts
   `prefill`         prompts alone, keeping keys and values
   `decode`          one token for each of P x G rows over the prompt's cache and their own

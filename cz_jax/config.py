@@ -36,7 +36,9 @@ class RunConfig(Section):
     compile_cache: str = "auto"  # a folder, "auto" (per user) or "off"
     gpu_memory: Annotated[float, Field(gt=0.0, le=1.0)] = 0.92  # of a GPU's, taken at once
     xla_flags: tuple[Annotated[str, Field(pattern=r"^--xla_[a-z0-9_]+(=\S+)?$")], ...] = ()
-    attention: Literal["auto", "plain", "splash"] = "auto"  # splash: the kernel for TPUs, which auto takes there
+    # splash: the kernel for TPUs, which auto takes there. cudnn: the one for NVIDIA GPUs, only in bfloat16; its sums
+    # have no fixed order, so that a resumed run does not repeat bit for bit, and auto does not take it.
+    attention: Literal["auto", "plain", "splash", "cudnn"] = "auto"
 
 
 class SolverConfig(Section):

@@ -22,7 +22,11 @@ SHOWN_VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "JAX_COMPILATION_CACHE_DIR", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE",
     "HF_DATASETS_OFFLINE", "GLIBC_TUNABLES",
 )  # fmt: skip
-ATTENTION = {"plain": "plain: jax.numpy, compiled by XLA", "splash": "splash: the TPU kernel that comes with JAX"}
+ATTENTION = {
+    "plain": "plain: jax.numpy, compiled by XLA",
+    "splash": "splash: the TPU kernel that comes with JAX",
+    "cudnn": "cudnn: the fused attention of NVIDIA's cuDNN",
+}
 GOOGLE_PCI_VENDOR = "0x1ae0"
 
 

@@ -11,7 +11,7 @@ from golden_models import FAMILIES, load
 
 from cz_jax import parallel
 from cz_jax.errors import ConfigError
-from cz_jax.models import attention, qwen, splash
+from cz_jax.models import attention, cudnn, qwen, splash
 from cz_jax.models.spec import RANDOM_SHAPES, arch_from_folder, weights
 
 
@@ -115,8 +115,16 @@ def test_remat_and_unrolled_layers_change_nothing(family):
     np.testing.assert_allclose(loss(params, None), unrolled, rtol=1e-6)
 
 
-def test_the_kernel_gives_what_plain_attention_gives():
-    """Splash Attention interpreted, alone and over a mesh, against the same in float64: values and derivatives."""
+# As they run without their hardware: Splash Attention interpreted, and what is asked of cuDNN worked out by XLA.
+KERNELS = {
+    "splash": (splash, partial(splash.attend_packed, interpret=True)),
+    "cudnn": (cudnn, partial(cudnn.attend_packed, implementation="xla")),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_gives_what_plain_attention_gives(name):
+    """Alone and over a mesh, against the same in float64: values and derivatives."""
     draws = np.random.default_rng(0)
     p, tp, g, ts, heads, kv_heads, size = 4, 40, 3, 24, 4, 2, 64
     t, lengths = tp + g * ts, np.array([40, 17, 1, 33])
@@ -128,7 +136,7 @@ def test_the_kernel_gives_what_plain_attention_gives():
         out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, lengths, g, ts), q, k, v)
         return out * real[..., None, None], *pull(jnp.asarray(weight, out.dtype))
 
-    kernel = jax.jit(partial(pulled, partial(splash.attend_packed, interpret=True)))
+    kernel = jax.jit(partial(pulled, KERNELS[name][1]))
     alone = kernel(*(x.astype(np.float32) for x in (q, k, v)))
     with jax.set_mesh(parallel.make_mesh(1, 4, 2)):
         split = kernel(*(x.astype(np.float32) for x in (q, k, v)))
@@ -139,18 +147,20 @@ def test_the_kernel_gives_what_plain_attention_gives():
             np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_a_model_with_the_kernel_reads_the_same(monkeypatch):
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_model_with_a_kernel_reads_the_same(name, monkeypatch):
     arch, params, golden = load("qwen3")
     prompts, lengths = golden["tokens"][:, :10], np.array([10, 10, 6])
     suffixes = golden["tokens"][:, None, 10:20]
-    monkeypatch.setattr(splash, "attend_packed", partial(splash.attend_packed, interpret=True))
+    module, attend_packed = KERNELS[name]
+    monkeypatch.setattr(module, "attend_packed", attend_packed)
 
     def loss(params, arch, remat):
         return (qwen.shared_forward(arch, params, prompts, lengths, suffixes, remat=remat)[1] ** 2).mean()
 
     both = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))
     plain = both(params, arch, "products")
-    with_kernel = dataclasses.replace(arch, attention="splash")
+    with_kernel = dataclasses.replace(arch, attention=name)
     kernel = both(params, with_kernel, "products")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), plain, kernel)
     last, cache = qwen.prefill(arch, params, prompts, lengths)
@@ -164,6 +174,15 @@ def test_which_kernel_a_platform_has():
     assert attention.implementation("plain", "tpu") == "plain"
     with pytest.raises(ConfigError, match="a kernel for TPUs, and this is a cpu"):
         attention.implementation("splash", "cpu")
+    with pytest.raises(ConfigError, match="a kernel for GPUs, and this is a tpu"):
+        attention.implementation("cudnn", "tpu")
+    assert attention.implementation("cudnn", "gpu") == "cudnn"
+
+
+def test_cudnn_wants_bfloat16():
+    q = jnp.zeros((1, 4, 2, 8))
+    with pytest.raises(ConfigError, match="run.attention=cudnn computes in bfloat16, and this model in float32"):
+        cudnn.attend_packed(q, q, q, np.array([4]), 0, 0)
 
 
 def test_queries_taken_in_pieces_see_what_they_see_at_once(monkeypatch):

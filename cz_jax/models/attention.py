@@ -4,30 +4,51 @@ Legend: B rows, P prompts, G rows of a prompt, T queries, S keys, N query heads,
 size.
 """
 
+from collections.abc import Callable
 from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from cz_jax.errors import ConfigError
+from cz_jax.parallel import LOGICAL_AXES, batch_devices
 
 KEPT = "product"  # the name of what a backward pass may keep: see models.qwen
+KERNELS = {"splash": "tpu", "cudnn": "gpu"}  # and the JAX platform of each
 MASKED = -1e30  # finite, so that a query that sees no key gives numbers (which are masked later) and not NaN
 PIECES, PIECE_TOKENS = 4, 128  # of a row's queries: at most so many pieces, of so many tokens at least
 
 
 def implementation(asked: str, platform: str) -> str:
-    """What `run.attention` means on a JAX platform: "plain", this module, or "splash", the kernel of models.splash.
-    ConfigError where the platform has no such kernel."""
+    """What `run.attention` means on a JAX platform: "plain", this module, or a kernel, "splash" of models.splash or
+    "cudnn" of models.cudnn. ConfigError where the platform has no such kernel."""
     if asked == "auto":
         return "splash" if platform == "tpu" else "plain"
-    if asked == "splash" and platform != "tpu":
+    wanted = KERNELS.get(asked, platform)
+    if wanted != platform:
         raise ConfigError(
-            f"run.attention=splash is a kernel for TPUs, and this is a {platform}", fix="run.attention=auto"
+            f"run.attention={asked} is a kernel for {wanted.upper()}s, and this is a {platform}",
+            fix="run.attention=auto",
         )
     return asked
+
+
+def on_each_device(attend: Callable, q_PTNH, k_PTKH, v_PTKH, lengths_P) -> jax.Array:
+    """`attend` of a kernel. Under a mesh every device has its own prompts, and its own heads where they divide."""
+    heads, kv_heads = q_PTNH.shape[2], k_PTKH.shape[2]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return attend(q_PTNH, k_PTKH, v_PTKH, lengths_P)
+    batch, tensor = LOGICAL_AXES["batch"], LOGICAL_AXES["heads"]
+    rows = batch if len(q_PTNH) % batch_devices(mesh) == 0 else None
+    split = tensor if heads % mesh.shape[tensor] == 0 and kv_heads % mesh.shape[tensor] == 0 else None
+    spec = PartitionSpec(rows, None, split, None)
+    # A kernel's result does not say over which axes it differs, so that this cannot be checked (check_vma).
+    sharded = jax.shard_map(attend, in_specs=(spec, spec, spec, PartitionSpec(rows)), out_specs=spec, check_vma=False)
+    return sharded(q_PTNH, k_PTKH, v_PTKH, lengths_P)
 
 
 class Seats(NamedTuple):

@@ -215,9 +215,11 @@ def _packed_attention(arch: Arch) -> Callable:
     """`attention.attend_packed`, or the kernel in its place."""
     if arch.attention == "plain":
         return attend_packed
-    from cz_jax.models import splash  # of which only TPUs have a use
-
-    return splash.attend_packed
+    if arch.attention == "splash":  # of either only its platform has a use
+        from cz_jax.models import splash as kernel
+    else:
+        from cz_jax.models import cudnn as kernel
+    return kernel.attend_packed
 
 
 def shared_forward(

@@ -16,7 +16,7 @@ FAMILIES = ("qwen2", "qwen3")
 @dataclass(frozen=True)
 class Arch:
     """The switches and sizes of one model; hashable, so that it can be a static argument of a jitted function.
-    `attention`: what computes it, "plain" jax.numpy or the kernel "splash"; no matter of the weights."""
+    `attention`: what computes it, "plain" jax.numpy or a kernel, "splash" or "cudnn"; no matter of the weights."""
 
     family: str
     vocab_size: int

@@ -9,10 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import PartitionSpec
 
-from cz_jax.models.attention import KEPT
-from cz_jax.parallel import LOGICAL_AXES, batch_devices
+from cz_jax.models.attention import KEPT, on_each_device
 
 BLOCKS = ((2048, 512), (1024, 256), (0, 128))  # (from so many positions, block): larger blocks, but little padding
 
@@ -22,21 +20,11 @@ def attend_packed(
 ) -> jax.Array:
     """What `attention.attend_packed` gives at every position that is not padding; [P, T, N, H] in the dtype of v. Under
     a mesh every device has its own prompts, and its own heads where they divide. `interpret`: without a TPU, slowly."""
-    heads, kv_heads = q_PTNH.shape[2], k_PTKH.shape[2]
-    mesh = jax.sharding.get_abstract_mesh()
 
     def here(q, k, v, lengths):
         return _attend(q, k, v, lengths, suffixes, suffix_tokens, interpret)
 
-    if mesh.empty:
-        return here(q_PTNH, k_PTKH, v_PTKH, lengths_P)
-    batch, tensor = LOGICAL_AXES["batch"], LOGICAL_AXES["heads"]
-    rows = batch if len(q_PTNH) % batch_devices(mesh) == 0 else None
-    split = tensor if heads % mesh.shape[tensor] == 0 and kv_heads % mesh.shape[tensor] == 0 else None
-    spec = PartitionSpec(rows, None, split, None)
-    # A kernel's result does not say over which axes it differs, so that this cannot be checked (check_vma).
-    sharded = jax.shard_map(here, in_specs=(spec, spec, spec, PartitionSpec(rows)), out_specs=spec, check_vma=False)
-    return sharded(q_PTNH, k_PTKH, v_PTKH, lengths_P)
+    return on_each_device(here, q_PTNH, k_PTKH, v_PTKH, lengths_P)
 
 
 def visible(positions: int, suffixes: int, suffix_tokens: int, padded: int) -> np.ndarray:

@@ -59,6 +59,12 @@ class Seats(NamedTuple):
     rows: jax.Array  # int [W, seats]: the row in a seat; any, where it is empty
 
 
+def rows_of(x, numbers_WS) -> jax.Array:
+    """Of x [W * R, ...], R rows of each of W ways, those with these numbers in each way. [W * S, ...]"""
+    by_way = x.reshape(len(numbers_WS), -1, *x.shape[1:])
+    return jax.vmap(lambda x, i: x[i])(by_way, numbers_WS).reshape(-1, *x.shape[1:])
+
+
 def attend_cached(q_BNH: jax.Array, prompt, own, seats: Seats | None = None) -> jax.Array:
     """Attention of one token of each row over caches: that of a prompt, which rows share and which is read once for all
     of them, and the row's own; one softmax. [B, N, H] in the dtype of v.
@@ -73,18 +79,14 @@ def attend_cached(q_BNH: jax.Array, prompt, own, seats: Seats | None = None) -> 
     scale = h**-0.5
     q = q_BNH.reshape(len(q_BNH), heads, -1, h)
 
-    def moved(x, to):  # rows into seats, or seats' results to rows
-        by_way = x.reshape(len(to), -1, *x.shape[1:])
-        return jax.vmap(lambda x, i: x[i])(by_way, to).reshape(-1, *x.shape[1:])
-
     def seated(x):  # [B, K, ...] -> [P, K, G, ...]
-        x = x if seats is None else moved(x, seats.rows)
+        x = x if seats is None else rows_of(x, seats.rows)
         return jnp.swapaxes(x.reshape(places, -1, *x.shape[1:]), 1, 2)
 
     def by_row(x):
         x = jnp.swapaxes(x, 1, 2)
         x = x.reshape(-1, *x.shape[2:])
-        return x if seats is None else moved(x, seats.of_row)
+        return x if seats is None else rows_of(x, seats.of_row)
 
     folded = seated(q)  # p k g r h
     shape = folded.shape[:-1]

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from cz_jax import rng
 from cz_jax.models import qwen
-from cz_jax.models.attention import Seats
+from cz_jax.models.attention import Seats, rows_of
 from cz_jax.models.spec import Arch
 from cz_jax.ports import SamplingMethod
 from cz_jax.sampling.generate import Completions
@@ -250,13 +250,8 @@ def _take(queue: _Queue, prompts, state):
 
 def _narrow(state: dict, slots: int) -> dict:
     """`state` in fewer slots, which hold all rows that run."""
-    ways, before = state["row"].shape
-    if slots == before:
+    if slots == state["row"].shape[1]:
         return state
     kept = jnp.argsort(state["row"], axis=-1)[:, :slots]  # no row is the largest number
-
-    def move(a):  # [W * S, ...]
-        return jax.vmap(lambda a, i: a[i])(a.reshape(ways, before, *a.shape[1:]), kept).reshape(-1, *a.shape[1:])
-
     rows = {name: jnp.take_along_axis(state[name], kept, axis=-1) for name in ("row", "at", "token", "place")}
-    return state | rows | {"suffix": jax.tree.map(move, state["suffix"])}
+    return state | rows | {"suffix": jax.tree.map(lambda a: rows_of(a, kept), state["suffix"])}

@@ -82,7 +82,7 @@ def simple_reference(arch, params, rows, temperature=1.0):
                 total -= (weight * jnp.exp(new - jax.lax.stop_gradient(new)) * advantage).sum()
         return total / sum(len(c) for r in rows for c in r.completions)
 
-    return jax.value_and_grad(loss)(params)
+    return jax.jit(jax.value_and_grad(loss))(params)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -47,11 +47,11 @@ def test_prefill_and_decode_equal_the_full_forward(family):
     suffix = qwen.empty_suffix(arch, 3, 8, jnp.float32)
     head = qwen.head_matrix(arch, params)
     visible = (np.arange(16) < lengths[:, None])[:, None]
-    rows = np.arange(3)
+    rows, decode = np.arange(3), jax.jit(partial(qwen.decode, arch))
     np.testing.assert_allclose(qwen.logits_of(hidden, head), full[rows, lengths - 1], atol=1e-4)
     for at in range(8):
         token, positions = tokens[rows, lengths + at][:, None], (lengths + at)[:, None]
-        step, suffix = qwen.decode(arch, layered, token, positions, at, np.arange(8) <= at, cache, visible, suffix)
+        step, suffix = decode(layered, token, positions, at, np.arange(8) <= at, cache, visible, suffix)
         np.testing.assert_allclose(qwen.logits_of(step[:, 0], head), full[rows, lengths + at], atol=1e-4)
 
 
@@ -108,7 +108,8 @@ def test_remat_and_unrolled_layers_change_nothing(family):
     def loss(params, remat):
         return (qwen.shared_forward(arch, params, prompts, lengths, suffixes, remat=remat)[1] ** 2).sum()
 
-    plain, *others = (jax.grad(loss)(params, r) for r in (None, "products", "layer"))
+    gradients = jax.jit(jax.grad(loss), static_argnums=1)
+    plain, *others = (gradients(params, r) for r in (None, "products", "layer"))
     for other in others:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), plain, other)
     unrolled = loss(qwen.for_decoding(arch, params, 24), None)
@@ -141,7 +142,7 @@ def test_a_kernel_gives_what_plain_attention_gives(name):
     with jax.set_mesh(parallel.make_mesh(1, 4, 2)):
         split = kernel(*(x.astype(np.float32) for x in (q, k, v)))
     with jax.enable_x64(True):
-        exact = pulled(attention.attend_packed, q, k, v)
+        exact = jax.jit(partial(pulled, attention.attend_packed))(q, k, v)
     for seen in (alone, split):
         for a, b in zip(seen, exact, strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5)
@@ -194,8 +195,13 @@ def test_queries_taken_in_pieces_see_what_they_see_at_once(monkeypatch):
 
     def pulled(least: int):
         monkeypatch.setattr(attention, "PIECE_TOKENS", least)
-        out, pull = jax.vjp(lambda *a: attention.attend_packed(*a, lengths, g, ts), q, k, v)
-        return out, *pull(weights)
+
+        @jax.jit
+        def run(*qkv):
+            out, pull = jax.vjp(lambda *qkv: attention.attend_packed(*qkv, lengths, g, ts), *qkv)
+            return out, *pull(weights)
+
+        return run(q, k, v)
 
     for pieces, at_once in zip(pulled(4), pulled(1000), strict=True):
         np.testing.assert_allclose(pieces, at_once, rtol=1e-5, atol=1e-5)

@@ -261,6 +261,16 @@ class Config(Section):
         zero = [a for a in ("data", "fsdp", "tensor") if getattr(self.mesh, a) == 0]
         yield len(wild) > 1, f"mesh.{' and mesh.'.join(wild)} are -1: only one axis can take the remaining devices"
         yield zero, f"mesh.{' and mesh.'.join(zero)} is 0: an axis has at least one device (-1: the remaining ones)"
+        dtypes = {
+            "solver.compute_dtype": self.solver.compute_dtype,
+            "proposer.dtype": self.proposer.dtype,
+            "evaluator.dtype": self.evaluator.dtype,
+        }
+        wide = [f"{name}={dtype}" for name, dtype in dtypes.items() if dtype == "float32"]
+        yield (
+            self.run.attention == "cudnn" and wide,
+            f"run.attention=cudnn computes in bfloat16: {', '.join(wide)} must be bfloat16, or run.attention=plain",
+        )
         sinks = self.report.sinks
         yield len(set(sinks)) < len(sinks), f"report.sinks={list(sinks)} names one twice"
         yield from self._broken_swarm()

@@ -129,6 +129,10 @@ def test_no_groups_at_all():
         ({"reward": {"structure": 0.0, "format": 0.0, "correctness": 0.0}}, "nothing to learn"),
         ({"mesh": {"data": -1}}, "only one axis"),
         ({"mesh": {"tensor": 0}}, "at least one device"),
+        (
+            {"run": {"attention": "cudnn"}, "solver": {"compute_dtype": "bfloat16"}},
+            "cudnn.*: proposer.dtype=float32, eval",
+        ),
     ],
 )
 def test_relations_between_fields(data, says):

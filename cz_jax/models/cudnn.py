@@ -10,10 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from cz_jax.errors import ConfigError
 from cz_jax.models.attention import KEPT, on_each_device
-
-DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 def attend_packed(
@@ -21,12 +18,7 @@ def attend_packed(
 ) -> jax.Array:
     """What `attention.attend_packed` gives at every position that is not padding; [P, T, N, H] in the dtype of v. Under
     a mesh every device has its own prompts, and its own heads where they divide. `implementation`: of
-    jax.nn.dot_product_attention; "xla" does the same anywhere. ConfigError in a dtype that cuDNN does not take."""
-    if implementation == "cudnn" and q_PTNH.dtype not in DTYPES:
-        raise ConfigError(
-            f"run.attention=cudnn computes in bfloat16, and this model in {q_PTNH.dtype}",
-            fix="run.attention=plain, or solver.compute_dtype, evaluator.dtype and proposer.dtype of bfloat16",
-        )
+    jax.nn.dot_product_attention; "xla" does the same anywhere. cuDNN takes bfloat16, to which Config sees."""
     attend = partial(jax.nn.dot_product_attention, implementation=implementation)
 
     def here(q, k, v, lengths):

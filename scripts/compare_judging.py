@@ -8,27 +8,15 @@ answers, whose median counts 64 times; a ratio is the median over repeats of the
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import time
 
 import torch
+from compare_peers import ours
 from transformers import AutoModelForCausalLM
 
 TASKS, GROUP, TASK_TOKENS, ANSWER_TOKENS, NEW_TOKENS = 8, 8, 256, 128, 64
-
-
-def ours(model: str, mode: str) -> float:
-    program = "import sys; from cz_jax.cli.main import main; sys.exit(main())"
-    shape = {"prompts": TASKS, "group": GROUP, "prompt-tokens": TASK_TOKENS, "new-tokens": ANSWER_TOKENS}
-    flags = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-c", program, "bench", "judge", "--model", model, "--mode", mode, *flags, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout)["seconds"]
+SHAPE = [str(n) for n in (TASKS, GROUP, TASK_TOKENS, ANSWER_TOKENS)]
 
 
 def transformers_one_by_one(model, answers: int) -> float:
@@ -55,7 +43,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
     turns = []
     for _ in range(a.repeats):
-        turn = {mode: ours(a.model, mode) for mode in a.modes}
+        turn = {mode: ours(a.model, "judge", SHAPE, "--mode", mode)["seconds"] for mode in a.modes}
         turns.append(turn | {"transformers": transformers_one_by_one(model, a.answers)})
     print("| mode | seconds | transformers, one by one | x (range) |")
     print("|---|---|---|---|")

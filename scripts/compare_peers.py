@@ -20,12 +20,12 @@ SHAPES = ["4,8,192,64"]
 WORK = {"rollout": ("sample", "sample_s"), "train": ("train", "train_s")}
 
 
-def ours(model: str, what: str, shape: list[str]) -> dict:
+def ours(model: str, what: str, shape: list[str], *more: str) -> dict:
     flags = [
         f for pair in zip(("--prompts", "--group", "--prompt-tokens", "--new-tokens"), shape, strict=True) for f in pair
     ]
     program = "import sys; from cz_jax.cli.main import main; sys.exit(main())"
-    out = run([sys.executable, "-c", program, "bench", what, "--model", model, *flags, "--json"])
+    out = run([sys.executable, "-c", program, "bench", what, "--model", model, *flags, *more, "--json"])
     return {"seconds": out["seconds"], "bytes": out["peak_bytes"], "share": out["matmul_peak_share"]}
 
 

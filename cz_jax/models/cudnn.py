@@ -41,11 +41,8 @@ def _attend(attend, q_PTNH, k_PTKH, v_PTKH, lengths_P, suffixes: int, suffix_tok
     out = attend(q_PTNH[:, :prompt], k_PTKH[:, :prompt], v_PTKH[:, :prompt], is_causal=True)
     if not suffixes:
         return out
-    earlier = jnp.tri(suffix_tokens, dtype=bool)
-    seen = (jnp.arange(prompt) < lengths_P[:, None])[:, None]
-    seen = jnp.concatenate(
-        [jnp.broadcast_to(seen, (p, suffix_tokens, prompt)), jnp.broadcast_to(earlier, (p, *earlier.shape))], axis=2
-    )
+    key = jnp.arange(prompt + suffix_tokens)
+    seen = jnp.where(key < prompt, key < lengths_P[:, None, None], key - prompt <= jnp.arange(suffix_tokens)[:, None])
     behind = attend(suffixes_as_heads(q_PTNH), behind_prompt(k_PTKH), behind_prompt(v_PTKH), mask=seen[:, None])
     behind = jnp.swapaxes(behind.reshape(p, suffix_tokens, suffixes, heads, h), 1, 2)
     return jnp.concatenate([out, behind.reshape(p, -1, heads, h)], axis=1)
